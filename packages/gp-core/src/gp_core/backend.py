@@ -1,0 +1,238 @@
+"""What a backend is: something that starts a kernel somewhere, looks at it, and stops it.
+
+Write one by subclassing `Backend`: set ``name``, implement ``launch``, ``status`` and ``terminate``.
+Everything is called on the background event loop of `gp_core.runtime`; a blocking client library goes through
+`gp_core.runtime.blocking`, a command through `gp_core.runtime.run_command`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import random
+from abc import ABCMeta, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from traitlets import MetaHasTraits
+from traitlets.config import LoggingConfigurable
+
+from .errors import BackendError, LaunchFailed, Reason
+from .ports import PortRange
+
+Handle = dict[str, Any]
+"""All that a backend needs to find its kernel again, in any process: must survive ``json.dumps``, holds no secret."""
+
+
+class State(enum.Enum):
+    """Where a kernel's job is in its life, as its platform tells."""
+
+    PENDING = "pending"  #: accepted, not running yet
+    RUNNING = "running"  #: the job runs; the kernel in it may not have called back yet
+    GONE = "gone"  #: finished, failed, removed, or never heard of
+    UNKNOWN = "unknown"  #: the platform does not answer: says nothing about the kernel, and never ends it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """One look at a kernel's job.
+
+    Args:
+        state: See `State`.
+        host: Address that clients reach the kernel at, once it is known.
+        exit_code: Of the job, negative for a signal, if it is gone and the platform tells.
+        reason: Typed reason for waiting or for the end.
+        terminal: The reason cannot heal by waiting: a start fails at once.
+        detail: One line of the platform's own words, shown to the user.
+    """
+
+    state: State
+    host: str | None = None
+    exit_code: int | None = None
+    reason: Reason | None = None
+    terminal: bool = False
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One result of a check for ``jupyter gp doctor``.
+
+    Args:
+        ok: Whether the checked thing works.
+        subject: What was checked.
+        text: What was found.
+        advice: What to do about it; empty if it is ok.
+    """
+
+    ok: bool
+    subject: str
+    text: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelInfo:
+    """A kernel as hooks see it: who asks for what, where.
+
+    Args:
+        kernel_id: Identifier that jupyter_client gave, a uuid as a rule.
+        kernel_name: Name of the kernelspec.
+        user: The one user name that all policy goes by (see ``user_source``).
+        backend: Name of the backend.
+    """
+
+    kernel_id: str
+    kernel_name: str
+    user: str
+    backend: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchRequest(KernelInfo):
+    """All that a backend gets to start one kernel.
+
+    Args:
+        argv: The kernelspec's command; all placeholders but ``{connection_file}`` are filled.
+        wrapped: The command does not name a launcher: `command` puts ours in front.
+        env: Variables of the kernel on top of those of the far side, where ``${X}`` is filled. The launcher has them
+            already; a submit script may want them.
+        secrets: One variable with the launch token, the kernel's keys and its environment. It must reach the launcher's
+            environment (or its ``--secrets-file``, ``-`` for standard input) and nobody else: not argv, no log, no file
+            that others can read.
+        cwd: Working directory on the far side, if it exists there.
+        submit: "api": the backend creates the job and ``command()`` runs inside; "script": argv runs here and submits.
+        parameters: Typed values that the user chose, already checked.
+        port_range: Where the kernel may listen.
+        launcher_file: The launcher on this machine as one executable zip file.
+        launcher_options: Arguments of the launcher, without secrets.
+    """
+
+    argv: Sequence[str]
+    wrapped: bool = True
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    cwd: str | None = None
+    submit: Literal["api", "script"] = "api"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    port_range: PortRange = field(default_factory=PortRange)
+    launcher_file: Path = Path("gp-launcher.pyz")
+    launcher_options: Sequence[str] = ()
+
+    def command(self, launcher: str | Path | None = None, *, python: str = "python3") -> list[str]:
+        """Return the argv to run on the far side.
+
+        Args:
+            launcher: Where the launcher file lies over there; default: the same path as here (a shared file system).
+            python: A Python >= 3.8 over there.
+
+        Returns:
+            The launcher followed by the kernelspec's command, or the latter alone if it brings its own launcher.
+        """
+        if not self.wrapped:
+            return list(self.argv)
+        # -I -S: the launcher needs only the standard library, and site-packages on a network disk cost seconds
+        start = [python, "-I", "-S", str(launcher or self.launcher_file)]
+        return [*start, *self.launcher_options, "--", *self.argv]
+
+
+class _Meta(ABCMeta, MetaHasTraits):
+    pass
+
+
+class Backend(LoggingConfigurable, metaclass=_Meta):
+    """Base of all backends; every configurable trait is also a ``config`` key of kernel.json."""
+
+    name: ClassVar[str]
+    bind_address: ClassVar[str] = "0.0.0.0"  #: what kernels bind on the far side when clients connect directly
+    runs_here: ClassVar[bool] = False  #: kernels run on this machine as this user; its paths and interpreter are theirs
+    poll_interval: ClassVar[tuple[float, float]] = (
+        0.25,
+        10.0,
+    )  #: seconds; fastest and slowest look of the default ``watch``
+
+    async def launch(self, request: LaunchRequest) -> Handle:
+        """Start a kernel's job and return as soon as its handle is known; do not wait for the kernel.
+
+        The default runs the command on this machine, for kernelspecs with ``"submit": "script"``: argv is then a submit
+        script, and the job is found by `discover`.
+
+        Raises:
+            LaunchFailed: The platform refused; give it a typed reason.
+            BackendError: The platform did not answer.
+        """
+        from .runtime import run_command
+
+        done = await run_command(*request.command(), env={**request.env, **request.secrets}, cwd=request.cwd)
+        if done.code != 0:
+            raise LaunchFailed(
+                f"the submit script of kernel {request.kernel_id} ended with {done.code}", log=done.output
+            )
+        for handle in await self.discover(request.kernel_id):
+            return handle
+        return {"kernel_id": request.kernel_id}
+
+    @abstractmethod
+    async def status(self, handle: Handle) -> Status:
+        """Look at a kernel's job; never change anything. A handle that the platform does not know is GONE.
+
+        Raises:
+            BackendError: The platform did not answer; the core turns it into UNKNOWN.
+        """
+
+    @abstractmethod
+    async def terminate(self, handle: Handle, *, force: bool) -> None:
+        """Stop a kernel's job and free all that it holds. Calling it again, or for a job that is gone, is harmless.
+
+        Args:
+            handle: Of the job.
+            force: Kill instead of asking.
+        """
+
+    async def look(self, handle: Handle) -> Status:
+        """Call `status`; an API error or a surprise in the backend becomes UNKNOWN, with the error as detail."""
+        try:
+            return await self.status(handle)
+        except Exception as error:
+            self.log.debug("status of %s by %s failed", handle, self.name, exc_info=True)
+            kept = str(error) if isinstance(error, BackendError) else f"{type(error).__name__}: {error}"
+            return Status(state=State.UNKNOWN, detail=kept)
+
+    async def watch(self, handle: Handle) -> AsyncIterator[Status]:
+        """Yield a status whenever it may have changed, until the job is GONE.
+
+        The default looks often while something changes and ever more rarely while nothing does, with jitter so that
+        many kernels do not ask in step. Override it where the platform can push.
+        """
+        fastest, slowest = self.poll_interval
+        interval, last = fastest, None
+        while True:
+            status = await self.look(handle)
+            yield status
+            if status.state is State.GONE:
+                return
+            interval = fastest if status != last else min(interval * 1.5, slowest)
+            last = status
+            await asyncio.sleep(interval * random.uniform(0.8, 1.2))
+
+    async def signal(self, handle: Handle, signum: int) -> bool:
+        """Send a signal without the launcher session. Returns False if the platform cannot (the default)."""
+        return False
+
+    async def logs(self, handle: Handle, *, tail: int = 50) -> str:
+        """Return the last ``tail`` lines of the job's output; empty if the platform keeps none (the default)."""
+        return ""
+
+    async def discover(self, kernel_id: str | None = None) -> list[Handle]:
+        """Find kernels that exist out there, by label, tag or name; each handle has ``kernel_id``.
+
+        Args:
+            kernel_id: Only this one; None: all that this installation could have started.
+        """
+        return []
+
+    async def check(self) -> list[Finding]:
+        """Check that the platform can be used, for ``jupyter gp doctor``."""
+        return []

@@ -1,0 +1,42 @@
+"""What ``gp_kernel_event`` tells of a kernel's life."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+class Event(enum.Enum):
+    """The events of a kernel's life, in the order in which most kernels meet them."""
+
+    LAUNCHING = "launching"  #: policy is content, the record is written, the backend is asked
+    LAUNCHED = "launched"  #: the backend has a job
+    PROGRESS = "progress"  #: the platform said something new about the starting job
+    CONNECTED = "connected"  #: the launcher has called back
+    LISTENING = "listening"  #: the kernel's sockets accept: it can be used
+    FAILED = "failed"  #: the start was given up, and what was started is removed
+    LOST = "lost"  #: the launcher session broke; the kernel is taken for alive
+    RESUMED = "resumed"  #: the launcher has called back again
+    RESTARTING = "restarting"  #: the kernel is being replaced inside its launcher
+    EXITED = "exited"  #: the kernel's process has ended
+    REMOVED = "removed"  #: job and record are gone
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelEvent:
+    """One event of a kernel's life; holds no secret.
+
+    Args:
+        event: What happened.
+        detail: One line for people.
+        data: JSON-able details, such as ``host``, ``exit_code`` or ``reason``.
+        time: Seconds since the epoch.
+    """
+
+    event: Event
+    detail: str = ""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    time: float = field(default_factory=time.time)

@@ -1,0 +1,431 @@
+"""The life of one remote kernel: launch, restart, signal, end.
+
+Lives on the runtime's loop. Composes a backend (where the job runs), a launcher session (what the kernel does) and the
+record in the store. jupyter_client's side is `gp_core.provisioner`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import signal as signals
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from . import protocol, startup
+from .backend import Backend, Handle, KernelInfo, LaunchRequest, State, Status
+from .errors import LAUNCHER_DIED, BackendError, ProtocolError
+from .events import Event, KernelEvent
+from .plugins import plugins
+from .ports import PortRange
+from .protocol import Hello, Message
+from .rendezvous import PING, Session
+from .runtime import runtime
+from .server import KernelServer
+from .startup import Report
+from .store import Record
+
+LINGER = 60.0  # seconds that an exited kernel's job stays for a restart
+REDIAL = 10.0  # seconds that a restart or signal waits for a lost session to come back
+STOP = 10.0  # seconds for a job to end before it is killed
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """How one kernel is started, again and again.
+
+    Args:
+        request: For the backend; token and addresses are filled in at the launch.
+        connection: Connection file with ports and keys; a port of 0 is chosen by the launcher.
+        timeout: Seconds of silence until a start is given up.
+        confirm: What confirms a start: "listening", or "connected" (``startup_confirmation: "hello"``).
+    """
+
+    request: LaunchRequest
+    connection: dict[str, Any]
+    timeout: float
+    confirm: Literal["listening", "connected"] = "listening"
+
+
+class RemoteKernel:
+    """One kernel out there.
+
+    Args:
+        server: Of this process.
+        backend: Where the kernel's job runs.
+        record: The kernel's record; written at once when it changes.
+    """
+
+    def __init__(self, server: KernelServer, backend: Backend, record: Record) -> None:
+        self.server = server
+        self.backend = backend
+        self.record = record
+        self.log = backend.log
+        self.info = KernelInfo(
+            kernel_id=record.kernel_id, kernel_name=record.kernel_name, user=record.user, backend=record.backend
+        )
+        self.exit_code: int | None = None  #: None while the kernel is taken for alive
+        self.session: Session | None = None
+        self.capabilities: frozenset[str] = frozenset()
+        self._ended = asyncio.Event()
+        self._connected = asyncio.Event()
+        self._reports: asyncio.Queue[Report] = asyncio.Queue()
+        self._starting = False
+        self._removed = False
+        self._restart: Message | None = None  # until the launcher confirms that run
+        self._looking: asyncio.Task[None] | None = None
+        self._lingering: asyncio.TimerHandle | None = None
+
+    @classmethod
+    def of_record(cls, server: KernelServer, record: Record) -> RemoteKernel:
+        """Make the object of a kernel that another process has started.
+
+        Raises:
+            PluginError: Its backend is not installed.
+        """
+        return cls(server, plugins().backend(record.backend)(**record.options), record)
+
+    # -- starting
+
+    async def launch(self, plan: Plan) -> None:
+        """Start the kernel's job and wait until the kernel listens; what was started is removed if that fails.
+
+        Raises:
+            LaunchFailed: See `startup.confirmed`.
+        """
+        token = secrets.token_urlsafe(32)
+        record = self.record
+        record.token, record.secret, record.handle, record.state = protocol.digest(token), None, None, "starting"
+        record.run, record.created = 1, time.time()
+        record.connection, record.owner = dict(plan.connection), self.server.owner
+        record.port_range = str(plan.request.port_range)
+        self._begin_start()
+        self.server.kernels[record.kernel_id] = self
+        launching: asyncio.Task[Handle] | None = None
+        try:
+            await self._save()
+            extra = await plugins().before_launch(plan.request)
+            request = self._complete(plan, token, extra)
+            self._tell(Event.LAUNCHING)
+            # a task of its own: when the start is cancelled the backend still tells what it has started
+            launching = asyncio.create_task(self.backend.launch(request))
+            record.handle = await asyncio.shield(launching)
+            await self._save()
+            self._tell(Event.LAUNCHED)
+            await self._confirm(plan, watch=True)
+        except BaseException as error:
+            await self._give_up(error, launching)
+            raise
+        finally:
+            self._starting = False
+        await self._save()
+
+    def _complete(self, plan: Plan, token: str, extra: Mapping[str, str]) -> LaunchRequest:
+        request = plan.request
+        env = {**request.env, **extra}
+        bundle = {"token": token, "connection": plan.connection, "env": env}
+        return replace(request, env=env, secrets={"GP_LAUNCH_SECRETS": json.dumps(bundle)})
+
+    async def restart(self, plan: Plan) -> None:
+        """Replace the kernel inside its launcher, or launch anew with the same ports and keys if the launcher is gone.
+
+        Raises:
+            LaunchFailed: See `startup.confirmed`.
+        """
+        self._stop_lingering()
+        if not await self._reachable() or "restart" not in self.capabilities:
+            self.log.info(
+                "kernel %s: its launcher is gone or cannot restart; a full launch follows", self.info.kernel_id
+            )
+            await self.remove(forget=False)
+            await self.launch(replace(plan, connection={**plan.connection, **self.ports}))
+            return
+        request = plan.request
+        self.record.run += 1
+        self.record.state = "starting"
+        self._begin_start()
+        self._tell(Event.RESTARTING)
+        message = protocol.restart(self.record.run, env=request.env, argv=request.argv, cwd=request.cwd)
+        try:
+            await self._save()
+            self._restart = message
+            self._send(message)
+            await self._confirm(plan, watch=False)
+        except BaseException as error:
+            await self._give_up(error, None)
+            raise
+        finally:
+            self._starting = False
+        await self._save()
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """Where the kernel listens; kept over restarts, because clients keep their sockets."""
+        return {name: self.record.connection[name] for name in protocol.PORTS if self.record.connection.get(name)}
+
+    @property
+    def connection(self) -> dict[str, Any]:
+        """What a client needs to connect; the host is the platform's word, not the launcher's."""
+        info = dict(self.record.connection)
+        if info["ip"] in ("0.0.0.0", "::"):
+            info["ip"] = self.record.host or "127.0.0.1"
+        return info
+
+    def _begin_start(self) -> None:
+        self._starting = True
+        self._removed = False
+        self.exit_code = None
+        self._ended.clear()
+        self._reports = asyncio.Queue()
+
+    async def _confirm(self, plan: Plan, *, watch: bool) -> None:
+        assert self.record.handle is not None
+        timeout = plugins().timeout(self.info, "launch", plan.timeout)
+        await startup.confirmed(
+            self.info,
+            reports=_drain(self._reports),
+            statuses=self._statuses(self.record.handle) if watch else None,
+            judge=lambda status, elapsed: plugins().confirm_startup(self.info, status, elapsed),
+            timeout=timeout,
+            until=plan.confirm,
+            log=self._log_tail,
+        )
+        if self.record.host is None and self.record.connection["ip"] in ("0.0.0.0", "::"):
+            self.record.host = (await self.backend.look(self.record.handle)).host
+        self.record.state = "running"
+        self._restart = None
+        self._tell(Event.LISTENING, data={"host": self.record.host, "run": self.record.run})
+
+    async def _statuses(self, handle: Handle) -> AsyncIterator[Status]:
+        last = None
+        async for status in self.backend.watch(handle):
+            self.record.host = status.host or self.record.host
+            if status != last:
+                self._tell(Event.PROGRESS, f"{status.state.value} {status.detail}".strip())
+            last = status
+            yield status
+
+    async def _log_tail(self) -> str:
+        if self.record.handle is None:
+            return ""
+        with contextlib.suppress(Exception):  # the log only decorates the error that is on its way
+            return await asyncio.wait_for(self.backend.logs(self.record.handle, tail=20), 3)
+        return ""
+
+    async def _give_up(self, error: BaseException, launching: asyncio.Task[Handle] | None) -> None:
+        detail = str(error) if isinstance(error, Exception) else "cancelled"
+        self._tell(Event.FAILED, detail, data={"reason": getattr(getattr(error, "failure", None), "code", None)})
+        cleaning = runtime().spawn(self._clean_up(launching), name=f"clean-up of kernel {self.info.kernel_id}")
+        if isinstance(error, Exception):
+            await asyncio.wait({asyncio.shield(cleaning)}, timeout=STOP)
+
+    async def _clean_up(self, launching: asyncio.Task[Handle] | None) -> None:
+        if launching is not None and self.record.handle is None:
+            with contextlib.suppress(Exception):
+                self.record.handle = await asyncio.wait_for(launching, 60)
+            if self.record.handle is None:
+                # the backend failed in the middle: whatever it has started answers to the kernel's id
+                for handle in await plugins().discover(self.backend, self.info.kernel_id):
+                    await self.backend.terminate(handle, force=True)
+        await self.remove(force=True)
+
+    # -- what the launcher says (called by the rendezvous)
+
+    def connected(self, session: Session, hello: Hello) -> Message:
+        again = self.record.secret is not None
+        if self.session is not None:
+            self.session.kernel = None  # the launcher has redialled: the old session is fenced off
+            self.session.close("replaced by a newer session of the same launcher")
+        if not again:
+            self.record.secret = protocol.digest(hello.secret)
+            self._save_soon()
+        self.session, self.capabilities = session, hello.capabilities
+        self._connected.set()
+        self._stop_looking()
+        self._tell(Event.RESUMED if again else Event.CONNECTED, f"launcher {hello.launcher} at {session.address}")
+        self._reports.put_nowait(Report("connected"))
+        if self._restart is not None and hello.run < self.record.run:
+            restart = self._restart
+            asyncio.get_running_loop().call_soon(self._send, restart)  # after the answer
+        return protocol.accepted(orphan_timeout=self.record.orphan_timeout, linger=LINGER, ping=PING)
+
+    def received(self, session: Session, message: Message) -> None:
+        kind = message["type"]
+        if session is not self.session or kind not in ("listening", "exited"):
+            return
+        if kind == "listening":
+            listening = protocol.Listening.read(message)
+            if listening.run == self.record.run:
+                self._listens(listening)
+        else:
+            exited = protocol.Exited.read(message)
+            if exited.run == self.record.run:
+                report = Report("exited", exited.code, exited.stderr, exited.reason, exited.detail)
+                self._has_ended(1 if exited.code is None else exited.code, report)
+
+    def disconnected(self, session: Session) -> None:
+        if session is not self.session:
+            return
+        self.session = None
+        self._connected.clear()
+        if self._removed:
+            return
+        self._tell(Event.LOST)
+        if self._looking is None:
+            self._looking = runtime().spawn(self._look_after(), name=f"watch of kernel {self.info.kernel_id}")
+
+    def _listens(self, listening: protocol.Listening) -> None:
+        allowed = PortRange.parse(self.record.port_range)
+        for name, port in listening.ports.items():
+            if self.record.connection["transport"] == "tcp" and port not in allowed:
+                raise ProtocolError(f"{name} {port} is outside port_range {allowed}")
+        self.record.connection |= listening.ports
+        self._reports.put_nowait(Report("listening"))
+
+    def _has_ended(self, code: int, report: Report) -> None:
+        self._reports.put_nowait(report)
+        if self.exit_code is not None or self._removed:
+            return
+        self.exit_code = code
+        self.record.state = "exited"
+        self._ended.set()
+        self._tell(Event.EXITED, report.detail, data={"exit_code": code})
+        if not self._starting:
+            self._lingering = asyncio.get_running_loop().call_later(
+                LINGER, lambda: runtime().spawn(self.remove(), name=f"clean-up of kernel {self.info.kernel_id}")
+            )
+
+    async def _look_after(self) -> None:
+        """While no session is there, ask the platform; only its word that the job is gone ends the kernel."""
+        assert self.record.handle is not None
+        async for status in self._statuses(self.record.handle):
+            if status.state is State.GONE:
+                detail = status.detail or "its job is gone"
+                report = Report("exited", status.exit_code, reason=status.reason or LAUNCHER_DIED, detail=detail)
+                self._has_ended(1 if status.exit_code is None else status.exit_code, report)
+                return
+
+    # -- what jupyter_client wants
+
+    async def signal(self, signum: int) -> None:
+        """Send a signal to the kernel's process group; one that is dead already is fine."""
+        if self.exit_code is not None:
+            return
+        if self.session is not None:
+            self._send(protocol.signal(signum))
+        elif self.record.handle is not None and not await self._signal_by_platform(signum):
+            if signum in (signals.SIGKILL, signals.SIGTERM):
+                await self.backend.terminate(self.record.handle, force=signum == signals.SIGKILL)
+            elif await self._reachable():
+                self._send(protocol.signal(signum))
+            else:
+                self.log.warning("kernel %s cannot be signalled: its launcher is not connected", self.info.kernel_id)
+
+    async def _signal_by_platform(self, signum: int) -> bool:
+        assert self.record.handle is not None
+        try:
+            return await self.backend.signal(self.record.handle, signum)
+        except BackendError as error:
+            self.log.warning("kernel %s: %s", self.info.kernel_id, error)
+            return False
+
+    async def wait(self) -> int:
+        """Wait for the kernel's end and return its exit code."""
+        await self._ended.wait()
+        return self.exit_code if self.exit_code is not None else 1
+
+    async def remove(self, *, force: bool = False, forget: bool = True) -> None:
+        """End launcher and job and forget the kernel; harmless when they are gone.
+
+        Args:
+            force: Kill the job instead of asking it to end.
+            forget: Remove the record too; False before a full launch of the same kernel.
+        """
+        self._stop_lingering()
+        self._stop_looking()
+        already, self._removed = self._removed, True
+        if self.session is not None:
+            self._send(protocol.shutdown(0 if force else 2))
+        if self.record.handle is not None:
+            await self._terminate(self.record.handle, force=force)
+        if self.exit_code is None:
+            self.exit_code = -int(signals.SIGKILL)
+            self._ended.set()
+        if forget:
+            await runtime().blocking(self.server.store.remove, self.info.kernel_id)
+            if self.server.kernels.get(self.info.kernel_id) is self:
+                del self.server.kernels[self.info.kernel_id]
+            if not already:
+                self._tell(Event.REMOVED)
+
+    async def _terminate(self, handle: Handle, *, force: bool) -> None:
+        deadline = time.monotonic() + STOP
+        while True:
+            try:
+                await self.backend.terminate(handle, force=force)
+                if await asyncio.wait_for(self._gone(handle), max(deadline - time.monotonic(), 0.1)):
+                    return
+            except asyncio.TimeoutError:
+                if force:
+                    self.log.warning("kernel %s: its job did not end in time", self.info.kernel_id)
+                    return
+                force, deadline = True, time.monotonic() + STOP
+            except BackendError as error:
+                self.log.warning("kernel %s: its job cannot be ended: %s", self.info.kernel_id, error)
+                return
+
+    async def _gone(self, handle: Handle) -> bool:
+        async for status in self.backend.watch(handle):
+            if status.state in (State.GONE, State.UNKNOWN):
+                return True
+        return True
+
+    async def farewell(self) -> None:
+        """At the end of the process: forget a kernel that ends just now; leave one that lives to its lease."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), 0.5)
+            await self.remove()
+
+    # -- small parts
+
+    def _send(self, message: Message) -> None:
+        if self.session is not None:
+            self.session.send(message)
+
+    async def _reachable(self) -> bool:
+        if self.session is None and self.record.handle is not None:
+            status = await self.backend.look(self.record.handle)
+            if status.state is not State.GONE:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._connected.wait(), REDIAL)
+        return self.session is not None
+
+    def _stop_lingering(self) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+            self._lingering = None
+
+    def _stop_looking(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
+
+    async def _save(self) -> None:
+        await runtime().blocking(self.server.store.put, replace(self.record))
+
+    def _save_soon(self) -> None:
+        runtime().spawn(self._save(), name=f"record of kernel {self.info.kernel_id}")
+
+    def _tell(self, event: Event, detail: str = "", data: Mapping[str, Any] | None = None) -> None:
+        self.log.info("kernel %s: %s %s", self.info.kernel_id, event.value, detail)
+        told = KernelEvent(event=event, detail=detail, data=data or {})
+        runtime().spawn(plugins().kernel_event(self.info, told), name="event")
+
+
+async def _drain(queue: asyncio.Queue[Report]) -> AsyncIterator[Report]:
+    while True:
+        yield await queue.get()

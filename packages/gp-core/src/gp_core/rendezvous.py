@@ -1,0 +1,317 @@
+"""The TLS server that launchers dial; one session per kernel.
+
+TLS runs over memory buffers in a plain asyncio protocol: asyncio's own TLS transport keeps about 280 KiB for every
+connection. Until a launcher is accepted it is a stranger: it gets a deadline, small frames, and when too many strangers
+are connected the oldest one goes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from gp_launchers.wire import MAX_FRAME, MAX_HELLO, MESSAGE, Decoder, WireError, pack_message, unpack_message
+
+from . import protocol
+from .errors import ConfigError, ProtocolError
+from .protocol import Hello, Message
+
+log = logging.getLogger(__name__)
+
+HELLO_DEADLINE = 10.0  # seconds for handshake and hello together
+PING = 30.0  # seconds of silence after which a launcher pings
+SILENCE = 75.0  # seconds of silence after which a session is taken for broken
+MAX_UNSENT = 4 * MAX_FRAME  # bytes that a launcher may leave unread
+TLS_HANDSHAKE = 0x16  # first byte of every TLS connection
+
+
+class Kernel(Protocol):
+    """A kernel as the rendezvous knows it."""
+
+    def connected(self, session: Session, hello: Hello) -> Message:
+        """A launcher proved to be this kernel's; returns the answer, after which messages flow."""
+
+    def received(self, session: Session, message: Message) -> None:
+        """A message came from the launcher.
+
+        Raises:
+            ProtocolError: It is not to be believed; the session is closed.
+        """
+
+    def disconnected(self, session: Session) -> None:
+        """The session broke; says nothing about the kernel."""
+
+
+Doorkeeper = Callable[[Hello], Awaitable["Kernel | Message"]]
+"""Decides about a hello: the kernel it belongs to, or the refusal to send."""
+
+
+class Session(asyncio.Protocol):
+    """One TLS connection of a launcher, from its first byte to its last."""
+
+    __slots__ = (
+        "_buffer_in",
+        "_buffer_out",
+        "_decoder",
+        "_handshaken",
+        "_introduced",
+        "_rendezvous",
+        "_tls",
+        "heard",
+        "kernel",
+        "transport",
+    )
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        self._rendezvous = rendezvous
+        self._tls: ssl.SSLObject | None = None
+        self._handshaken = self._introduced = False
+        self._decoder = Decoder(MAX_HELLO)
+        self.transport: asyncio.Transport | None = None
+        self.kernel: Kernel | None = None  #: None while it is a stranger
+        self.heard = 0.0
+
+    @property
+    def address(self) -> str:
+        """Where the launcher calls from."""
+        peer = self.transport.get_extra_info("peername") if self.transport else None
+        return str(peer[0]) if peer else "?"
+
+    def send(self, message: Message) -> None:
+        """Send a message; a closed session takes it silently, because its loss is told otherwise."""
+        if self._tls is None or self.transport is None or self.transport.is_closing():
+            return
+        self._tls.write(pack_message(message))
+        self._flush()
+
+    def accept(self, kernel: Kernel, hello: Hello) -> None:
+        """Make a stranger the session of a kernel."""
+        self.kernel = kernel
+        self._decoder.limit = MAX_FRAME
+        self.send(kernel.connected(self, hello))
+
+    def close(self, why: str = "") -> None:
+        """End the session."""
+        if self.transport is not None and not self.transport.is_closing():
+            if why:
+                log.info("launcher session of %s closed: %s", self.address, why)
+            self._flush()
+            self.transport.close()
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        with contextlib.suppress(OSError):
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._rendezvous.stranger_came(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            if self._tls is None and not self._first_bytes(data):
+                return
+            self._buffer_in.write(data)
+            self._read()
+        except (WireError, ProtocolError, ssl.SSLError) as error:
+            self.close(f"{type(error).__name__}: {error}")
+
+    def eof_received(self) -> bool:
+        return False  # a launcher that half closes is gone
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._rendezvous.session_ended(self)
+        if self.kernel is not None:
+            self.kernel.disconnected(self)
+        self.kernel = self._tls = None
+
+    # -- TLS over memory buffers
+
+    def _first_bytes(self, data: bytes) -> bool:
+        if data[0] != TLS_HANDSHAKE:
+            assert self.transport is not None
+            if not self._rendezvous.hand_over(self.transport, data):
+                self.close("not TLS")
+            self._rendezvous.session_ended(self)
+            return False
+        self._buffer_in, self._buffer_out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = self._rendezvous.context.wrap_bio(self._buffer_in, self._buffer_out, server_side=True)
+        return True
+
+    def _read(self) -> None:
+        assert self._tls is not None
+        try:
+            if not self._handshaken:
+                self._tls.do_handshake()
+                self._handshaken = True
+            while data := self._tls.read(MAX_FRAME):
+                self._frames(data)
+            self.close()
+        except ssl.SSLWantReadError:
+            pass
+        finally:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._tls is None or self.transport is None:
+            return
+        if data := self._buffer_out.read():
+            self.transport.write(data)
+        if self.transport.get_write_buffer_size() > MAX_UNSENT:
+            log.warning("launcher of %s does not read: session aborted", self.address)
+            self.transport.abort()
+
+    def _frames(self, data: bytes) -> None:
+        self.heard = self._rendezvous.loop.time()
+        for kind, stream, payload in self._decoder.feed(data):
+            if kind == MESSAGE and stream == 0:
+                self._message(unpack_message(payload))
+
+    def _message(self, message: Message) -> None:
+        if self.kernel is None:
+            if not self._introduced:  # whatever else it sends before the answer is dropped
+                self._introduced = True
+                self._rendezvous.introduce(self, Hello.read(message))
+        elif message["type"] == "ping":
+            self.send(protocol.pong(message))
+        else:
+            self.kernel.received(self, message)
+
+
+class Rendezvous:
+    """The listener of this process.
+
+    Args:
+        context: TLS context of the server's identity.
+        doorkeeper: Decides about every hello.
+        hand_over: Takes a connection that does not speak TLS, or returns False (protocol 1, if it is allowed).
+    """
+
+    def __init__(
+        self,
+        context: ssl.SSLContext,
+        doorkeeper: Doorkeeper,
+        hand_over: Callable[[asyncio.Transport, bytes], bool] = lambda transport, data: False,
+    ) -> None:
+        self.context = context
+        self.hand_over = hand_over
+        self.loop = asyncio.get_running_loop()
+        self.sessions: set[Session] = set()
+        self._doorkeeper = doorkeeper
+        self._strangers: dict[Session, asyncio.TimerHandle] = {}  # in the order in which they came
+        self._answers: set[asyncio.Task[None]] = set()
+        self._max_strangers = _raise_file_limit() // 4
+        self._servers: list[asyncio.Server] = []
+
+    async def listen(self, hosts: list[str], port: int, retries: int) -> int:
+        """Open the listener and return its port.
+
+        Args:
+            hosts: Addresses to bind.
+            port: First port to try; 0 for any.
+            retries: How many of the following ports to try when it is taken.
+
+        Raises:
+            ConfigError: None of the ports can be bound.
+        """
+        problem: OSError | None = None
+        for candidate in range(port, port + (retries if port else 0) + 1):
+            try:
+                bound = await self._bound(hosts, candidate)
+            except OSError as error:
+                problem = error
+                continue
+            self.loop.call_later(SILENCE / 5, self._sweep)
+            return bound
+        raise ConfigError(
+            f"no launcher can call back: ports {port} to {port + retries} on {', '.join(hosts)} cannot be bound "
+            f"({problem}); set GP_RESPONSE_PORT to a free port or to 0"
+        )
+
+    async def _bound(self, hosts: list[str], port: int) -> int:
+        try:
+            for host in hosts:  # one by one: with port 0 each would get another port
+                server = await self.loop.create_server(lambda: Session(self), host, port, backlog=1024)
+                self._servers.append(server)
+                port = port or int(server.sockets[0].getsockname()[1])
+        except OSError:
+            self.close()
+            raise
+        return port
+
+    def close(self) -> None:
+        """Close the listener and all sessions."""
+        while self._servers:
+            self._servers.pop().close()
+        for session in [*self._strangers, *self.sessions]:
+            session.close()
+
+    # -- called by sessions
+
+    def stranger_came(self, session: Session) -> None:
+        self._strangers[session] = self.loop.call_later(HELLO_DEADLINE, session.close, "no hello in time")
+        if len(self._strangers) > self._max_strangers:
+            oldest = next(iter(self._strangers))
+            assert oldest.transport is not None
+            oldest.transport.abort()
+
+    def session_ended(self, session: Session) -> None:
+        self.sessions.discard(session)
+        if timer := self._strangers.pop(session, None):
+            timer.cancel()
+
+    def introduce(self, session: Session, hello: Hello) -> None:
+        answer = self.loop.create_task(self._answer(session, hello))
+        self._answers.add(answer)
+        answer.add_done_callback(self._answers.discard)
+
+    async def _answer(self, session: Session, hello: Hello) -> None:
+        if not hello.speaks:
+            found: Kernel | Message = protocol.refused("version", "this server speaks protocol 2 only", final=True)
+        else:
+            found = await self._doorkeeper(hello)
+        if session not in self._strangers:
+            return  # gone meanwhile
+        self.session_ended(session)
+        if isinstance(found, dict):
+            log.warning("launcher at %s for kernel %s refused: %s", session.address, hello.kernel_id, found["text"])
+            session.send(found)
+            session.close()
+            return
+        self.sessions.add(session)
+        session.accept(found, hello)
+
+    def _sweep(self) -> None:
+        now = self.loop.time()
+        for session in [session for session in self.sessions if now - session.heard > SILENCE]:
+            assert session.transport is not None
+            log.info("launcher session of %s is silent: closed", session.address)
+            session.transport.abort()
+        self.loop.call_later(SILENCE / 5, self._sweep)
+
+
+def _raise_file_limit() -> int:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = 1 << 20
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return soft
+
+
+def own_addresses(prohibited: list[str]) -> list[str]:
+    """Return this machine's addresses that launchers elsewhere may reach, best first; never loopback."""
+    import fnmatch
+
+    from jupyter_client.localinterfaces import public_ips
+
+    found: Any = public_ips()
+    return [ip for ip in found if not any(fnmatch.fnmatch(ip, pattern) for pattern in prohibited)]

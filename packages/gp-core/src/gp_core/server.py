@@ -1,0 +1,185 @@
+"""What all kernels of this process share: the process's options, the store, the listener, the kernels themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jupyter_core.paths import jupyter_data_dir
+from traitlets import Bool, CaselessStrEnum, Int, List, Unicode
+from traitlets.config import Config, LoggingConfigurable
+
+from . import protocol
+from .identity import Identity
+from .plugins import plugins
+from .protocol import Hello, Message
+from .rendezvous import Kernel, Rendezvous, own_addresses
+from .runtime import runtime
+from .settings import from_env
+from .store import FileStore, Owner, Record, Store
+
+if TYPE_CHECKING:
+    from .kernel import RemoteKernel
+
+log = logging.getLogger(__name__)
+
+
+def data_folder() -> Path:
+    """Folder of this installation's key and records: ``GP_DATA_DIR``, or ``gp`` in Jupyter's data folder."""
+    return Path(os.environ.get("GP_DATA_DIR") or Path(jupyter_data_dir()) / "gp")
+
+
+class KernelServer(LoggingConfigurable):
+    """Options of the process and what it shares among its kernels; never configurable from kernel.json."""
+
+    response_ip = from_env(
+        Unicode(help="Addresses that launchers call back to, separated by commas. Default: this machine's own."),
+        "GP_RESPONSE_IP",
+    )
+    bind_ip = from_env(
+        Unicode(help="What the listener binds. Default: every interface, or the loopback if all backends run here."),
+        "GP_BIND_IP",
+    )
+    response_port = from_env(Int(8877, min=0, max=65535, help="Port of the listener; 0: any."), "GP_RESPONSE_PORT")
+    response_port_retries = from_env(
+        Int(10, min=0, help="How many following ports are tried when it is taken."), "GP_RESPONSE_PORT_RETRIES"
+    )
+    response_addr_any = from_env(
+        Bool(False, help="Bind every interface (peer's name for bind_ip)."), "GP_RESPONSE_ADDR_ANY"
+    )
+    prohibited_local_ips = from_env(
+        List(Unicode(), help="Patterns of own addresses never to advertise, such as 172.17.*."),
+        "GP_PROHIBITED_LOCAL_IPS",
+    )
+    allow_protocol_1 = from_env(
+        Bool(False, help='Serve launchers of kernelspecs that say "launcher_protocol": 1.'), "GP_ALLOW_PROTOCOL_1"
+    )
+    user_source = from_env(
+        Unicode(
+            "os", help='Who the user is: "os", "env:NAME", or "client" (KERNEL_USERNAME; only for trusted callers).'
+        ),
+        "GP_USER_SOURCE",
+    )
+    channels = from_env(
+        CaselessStrEnum(["direct"], default_value="direct", help="How clients reach a kernel's channels."),
+        "GP_CHANNELS",
+    )
+
+    def __init__(self, config: Config | None = None, store: Store | None = None) -> None:
+        super().__init__(config=config or Config())
+        self.store: Store = store or FileStore(data_folder() / "kernels")
+        self.owner = Owner.me()
+        self.kernels: dict[str, RemoteKernel] = {}
+        self.identity: Identity | None = None
+        self.rendezvous: Rendezvous | None = None
+        self.port = 0
+        self._opening: asyncio.Lock | None = None
+        self.protocol1: Callable[[asyncio.Transport, bytes], bool] | None = None
+
+    async def open(self) -> None:
+        """Open the listener, once; runs on the runtime's loop."""
+        self._opening = self._opening or asyncio.Lock()
+        async with self._opening:
+            if self.rendezvous is not None:
+                return
+            self.identity = await runtime().blocking(Identity.load, data_folder())
+            made = Rendezvous(self.identity.context(), self._doorkeeper, self._hand_over)
+            self.port = await made.listen(self._bind_addresses(), self.response_port, self.response_port_retries)
+            self.rendezvous = made
+            self.log.info("launchers call back to %s", ", ".join(self.addresses(local=False)))
+            runtime().at_exit.append(self._farewell)
+
+    def _bind_addresses(self) -> list[str]:
+        if self.bind_ip:
+            return [ip.strip() for ip in self.bind_ip.split(",")]
+        if not self.response_addr_any and all(backend.runs_here for backend in plugins().backends.values()):
+            return ["127.0.0.1"]  # nobody else has to call
+        return ["0.0.0.0", "::"] if _has_ipv6() else ["0.0.0.0"]
+
+    def addresses(self, *, local: bool) -> list[str]:
+        """Return what launchers are told to dial, as ``host:port``.
+
+        Args:
+            local: The launcher runs on this machine.
+        """
+        bound = self._bind_addresses()
+        if local and {"0.0.0.0", "127.0.0.1"} & set(bound):
+            hosts = ["127.0.0.1"]
+        elif self.response_ip:
+            hosts = [ip.strip() for ip in self.response_ip.split(",")]
+        elif not {"0.0.0.0", "::"} & set(bound):
+            hosts = bound
+        else:
+            hosts = own_addresses(self.prohibited_local_ips) or ["127.0.0.1"]
+        return [f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in hosts]
+
+    @property
+    def pins(self) -> str:
+        """What launchers recognise the server by; opens nothing."""
+        assert self.identity is not None
+        return ",".join(self.identity.pins)
+
+    def _hand_over(self, transport: asyncio.Transport, data: bytes) -> bool:
+        return self.protocol1(transport, data) if self.protocol1 else False
+
+    async def _doorkeeper(self, hello: Hello) -> Kernel | Message:
+        kernel = self.kernels.get(hello.kernel_id)
+        record = kernel.record if kernel else await runtime().blocking(self._recorded, hello.kernel_id)
+        if record is None:
+            return protocol.refused("unknown_kernel", "no such kernel is known here", final=True)
+        if not protocol.matches(hello.token, record.token):
+            return protocol.refused("bad_token", "the launch token is wrong", final=True)
+        if record.secret is not None and not protocol.matches(hello.secret, record.secret):
+            return protocol.refused("bad_token", "the launch token was used by another launcher", final=True)
+        if kernel is not None:
+            return kernel
+        if record.owner is not None and record.owner.is_alive():
+            return protocol.refused("not_here", "the kernel belongs to another server", final=False)
+        return await self._inherit(record)
+
+    def _recorded(self, kernel_id: str) -> Record | None:
+        try:
+            return self.store.get(kernel_id)
+        except Exception as error:
+            log.warning("hello for a kernel whose record cannot be read: %s", error)
+            return None
+
+    async def _inherit(self, record: Record) -> Kernel:
+        """Keep the session of a kernel whose server is gone, so that it lives on until somebody uses it."""
+        from .kernel import RemoteKernel
+
+        record.owner = self.owner
+        kernel = RemoteKernel.of_record(self, record)
+        self.kernels[record.kernel_id] = kernel
+        await runtime().blocking(self.store.put, record)
+        self.log.info("kernel %s of a server that is gone has called back and is kept", record.kernel_id)
+        return kernel
+
+    async def _farewell(self) -> None:
+        """At the end of the process: forget kernels that a client has just shut down without telling (console)."""
+        await asyncio.gather(*(kernel.farewell() for kernel in list(self.kernels.values())), return_exceptions=True)
+
+
+def _has_ipv6() -> bool:
+    import socket
+
+    return socket.has_ipv6 and os.path.exists("/proc/net/if_inet6")
+
+
+_server: tuple[int, KernelServer] | None = None
+
+
+def kernel_server(config: Config | None = None) -> KernelServer:
+    """Return this process's server, made from the first caller's configuration; a forked child gets its own.
+
+    Args:
+        config: Of the host application.
+    """
+    global _server
+    if _server is None or _server[0] != os.getpid():
+        _server = (os.getpid(), KernelServer(config))
+    return _server[1]

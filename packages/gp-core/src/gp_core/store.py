@@ -1,0 +1,207 @@
+"""The record of every kernel that this installation started: four methods, 0600 files in a 0700 folder by default."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import re
+import socket
+import stat
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from .errors import StoreError
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that a kernel belongs to; a lease that ends when the process does."""
+
+    host: str
+    pid: int
+    started: float
+
+    @classmethod
+    def me(cls) -> Owner:
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+
+    def is_alive(self) -> bool:
+        """Whether the owner still runs; the owner on another machine is believed to."""
+        if self.host != socket.gethostname():
+            return True
+        try:
+            return bool(abs(psutil.Process(self.pid).create_time() - self.started) < 1.0)
+        except psutil.Error:
+            return False
+
+
+@dataclass(kw_only=True)
+class Record:
+    """All that another server needs to take a running kernel over.
+
+    Args:
+        kernel_id: The kernel's identifier.
+        kernel_name: Name of its kernelspec.
+        user: Whom policy counts it for.
+        backend: Name of the backend.
+        options: Values of the backend's options from the kernelspec, so that any process can use the handle.
+        handle: The backend's; None while the backend is being asked.
+        connection: Connection file of the kernel, key and curve keys included; a wildcard ``ip`` stands for ``host``.
+        port_range: Where the kernel may listen.
+        token: SHA-256 of the launch token.
+        secret: SHA-256 of the launcher's session secret; None until it first called back.
+        run: How often the kernel was started inside its launcher.
+        state: "starting", "running" or "exited".
+        host: Where the kernel runs.
+        owner: Whose it is.
+        bind: ``host:port`` that its launcher calls back to.
+        orphan_timeout: Seconds without a server until the launcher ends the kernel.
+        created: Seconds since the epoch.
+    """
+
+    kernel_id: str
+    kernel_name: str
+    user: str
+    backend: str
+    options: dict[str, Any] = field(default_factory=dict)
+    handle: dict[str, Any] | None = None
+    connection: dict[str, Any] = field(default_factory=dict, repr=False)
+    port_range: str = "0..0"
+    token: str = field(default="", repr=False)
+    secret: str | None = field(default=None, repr=False)
+    run: int = 1
+    state: str = "starting"
+    host: str | None = None
+    owner: Owner | None = None
+    bind: str = ""
+    orphan_timeout: float = 600.0
+    created: float = 0.0
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Record:
+        """Read a record; fields of a newer version are ignored.
+
+        Raises:
+            StoreError: Not a record.
+        """
+        try:
+            data = json.loads(text)
+            known = {item.name: data[item.name] for item in fields(cls) if item.name in data}
+            known["owner"] = Owner(**known["owner"]) if known.get("owner") else None
+            return cls(**known)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise StoreError(f"not a record of a kernel: {error}") from None
+
+
+class Store(Protocol):
+    """Where records live; all methods may block and are called on worker threads."""
+
+    def put(self, record: Record) -> None: ...
+    def get(self, kernel_id: str) -> Record | None: ...
+    def remove(self, kernel_id: str) -> None: ...
+    def list(self) -> list[Record]: ...
+
+
+class FileStore:
+    """One JSON file per kernel.
+
+    Args:
+        folder: Created 0700 at the first write.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def _path(self, kernel_id: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", kernel_id):
+            raise StoreError(f"kernel id {kernel_id[:40]!r} cannot be a file name: use letters, digits, - and _")
+        return self.folder / f"{kernel_id}.json"
+
+    def put(self, record: Record) -> None:
+        """Write a record so that a crash leaves the old or the new one.
+
+        Raises:
+            StoreError: Disk full, read-only, or not ours.
+        """
+        path = self._path(record.kernel_id)
+        try:
+            private_folder(self.folder)
+            write_private(path, record.to_json().encode())
+        except OSError as error:
+            raise StoreError(f"the record of kernel {record.kernel_id} cannot be written: {error}") from None
+
+    def get(self, kernel_id: str) -> Record | None:
+        """Return a kernel's record, or None if there is none that can be read."""
+        path = self._path(kernel_id)
+        return self._read(path) if path.exists() else None
+
+    def remove(self, kernel_id: str) -> None:
+        """Forget a kernel; one that is unknown is fine."""
+        with contextlib.suppress(FileNotFoundError):
+            self._path(kernel_id).unlink()
+
+    def list(self) -> list[Record]:
+        """Return all records, oldest first; files that are none of ours are reported and skipped."""
+        if not self.folder.is_dir():
+            return []
+        read = (self._read(path) for path in self.folder.glob("*.json"))
+        return sorted((record for record in read if record), key=lambda record: record.created)
+
+    def _read(self, path: Path) -> Record | None:
+        try:
+            info = path.stat()
+            if info.st_uid != os.getuid() or not stat.S_ISREG(info.st_mode):
+                raise StoreError("it belongs to somebody else")
+            record = Record.from_json(path.read_text())
+            if record.kernel_id != path.stem:
+                raise StoreError(f"it holds kernel {record.kernel_id[:40]}")
+            return record
+        except (OSError, UnicodeDecodeError, StoreError) as error:
+            log.warning("%s is skipped: %s", path, error)
+            return None
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that only this user can enter.
+
+    Raises:
+        OSError: It cannot be made, or it belongs to another user.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = folder.stat()
+    if info.st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to user {info.st_uid}")
+    if info.st_mode & 0o077:
+        folder.chmod(0o700)
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace a file atomically and durably; mode 0600."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")  # 0600 from the first byte
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

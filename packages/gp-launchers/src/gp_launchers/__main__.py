@@ -1,0 +1,70 @@
+"""Start of the launcher: the kernel first, everything that is slow to import afterwards.
+
+A kernel needs some hundred milliseconds to import itself; `ssl`, `socket` and `json` are imported meanwhile. That is
+why this module and those that it imports at its head use `os`, `sys` and small C modules only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from .kernel import Attached, Kernel
+from .log import Log
+from .options import HELP, UsageError, parse
+from .secrets_input import SecretsError, read_secrets
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one launcher until its kernel is done with.
+
+    Args:
+        argv: Command line without the program; default: that of the process.
+
+    Returns:
+        Exit code: the kernel's (128+n for a signal), 2 for bad options, 75 if no server took it, 77 if a server
+        refused it for good, 78 if this Python has no TLS 1.3.
+    """
+    _fill_standard_streams()
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv)
+        if options.show:
+            sys.stdout.write(HELP if options.show == "help" else "gp-launcher %s\n" % _version())
+            return 0
+        secrets = read_secrets(options.secrets_file)
+    except (UsageError, SecretsError) as error:
+        sys.stderr.write("gp-launcher: %s\n" % error)
+        return 2
+    log = Log(options.log_file, options.kernel_id)
+    kernel = Attached(options, secrets, log) if options.attach else Kernel(options, secrets, log)
+    try:
+        kernel.start(1)
+        from .supervisor import Supervisor
+
+        return Supervisor(options, secrets, kernel, log).run()
+    except Exception:
+        import traceback
+
+        log("%s", traceback.format_exc())
+        return 70
+    finally:
+        kernel.destroy()
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _fill_standard_streams() -> None:
+    # A daemon may start us with 0, 1 or 2 closed; a file or socket of ours would get that number and later be taken for it.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

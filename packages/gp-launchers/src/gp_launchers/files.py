@@ -1,0 +1,175 @@
+"""The private folder of a kernel and the files in it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+
+from .errors import StartError, storage_error
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Mapping
+
+_NEW = 60.0  # seconds for which nobody sweeps a folder that is not locked (yet)
+
+
+class KernelFolder:
+    """A 0700 folder for one kernel; whoever holds its lock is alive.
+
+    Args:
+        path: Folder that exists and belongs to us.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        _lock(self._descriptor)
+
+    def file(self, name: str) -> str:
+        """Return the path of a file in it."""
+        return os.path.join(self.path, name)
+
+    def remove(self) -> None:
+        """Delete it with all that is in it, and whatever launchers that were killed left beside it."""
+        remove_tree(self.path)
+        os.close(self._descriptor)
+        sweep(os.path.dirname(self.path))
+
+
+def create_folder(option: str, kernel_id: str, environ: Mapping[str, str]) -> KernelFolder:
+    """Make the private folder of a kernel below the runtime folder.
+
+    Args:
+        option: `--runtime-dir`, may be empty.
+        kernel_id: Gives the folder its name.
+        environ: Environment of the launcher.
+
+    Raises:
+        StartError: NoSpace or NoConnectionFile.
+    """
+    base, chosen = _runtime_folder(option, environ)
+    _check_base(base, chosen)
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in kernel_id)[:40]
+    path = os.path.join(base, "%s-%s" % (name, os.urandom(4).hex()))
+    try:
+        os.mkdir(path, 0o700)
+        return KernelFolder(path)
+    except OSError as error:
+        raise storage_error("make the folder", path, error) from None
+
+
+def write_private(path: str, text: str) -> None:
+    """Write a 0600 file so that a reader sees all of it or nothing.
+
+    Raises:
+        StartError: NoSpace or NoConnectionFile.
+    """
+    temporary = "%s.%s" % (path, os.urandom(4).hex())
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            os.fchmod(descriptor, 0o600)  # the umask may have taken the owner's bits
+            data = text.encode("utf-8")
+            while data:
+                data = data[os.write(descriptor, data) :]
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except OSError as error:
+        _unlink(temporary)
+        raise storage_error("write", path, error) from None
+
+
+def remove_tree(path: str) -> None:
+    """Delete a folder and what is in it; what cannot be deleted stays."""
+    try:
+        entries = list(os.scandir(path))
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(entry.path)
+        else:
+            _unlink(entry.path)
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass
+
+
+def sweep(base: str) -> None:
+    """Delete kernel folders whose launcher was killed: they hold keys. A launcher alive keeps its folder locked."""
+    try:
+        entries = list(os.scandir(base))
+    except OSError:
+        return
+    for entry in entries:
+        tail = entry.name.rpartition("-")[2]
+        if len(tail) != 8 or tail.strip("0123456789abcdef"):
+            continue
+        try:
+            found = entry.stat(follow_symlinks=False)
+            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or time.time() - found.st_mtime < _NEW:
+                continue
+            descriptor = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            if _lock(descriptor):
+                remove_tree(entry.path)
+        finally:
+            os.close(descriptor)
+
+
+def _runtime_folder(option: str, environ: Mapping[str, str]) -> tuple[str, bool]:
+    """Return the folder and whether somebody chose it by name."""
+    explicit = option or environ.get("GP_RUNTIME_DIR", "")
+    if explicit:
+        return os.path.abspath(explicit), True
+    session = environ.get("XDG_RUNTIME_DIR", "")
+    if session and os.path.isdir(session) and os.access(session, os.W_OK):  # after `su` it is somebody else's
+        return os.path.join(session, "gp"), False
+    return os.path.join(environ.get("TMPDIR") or "/tmp", "gp-%d" % os.geteuid()), False
+
+
+def _check_base(base: str, chosen: bool) -> None:
+    try:
+        os.makedirs(base, 0o700, exist_ok=True)
+        found = os.lstat(base) if not chosen else os.stat(base)
+    except FileExistsError:
+        raise StartError("NoConnectionFile", "%s is not a folder" % base) from None
+    except OSError as error:
+        raise storage_error("make the folder", base, error) from None
+    mine = found.st_uid == os.geteuid()
+    advice = "choose another one with --runtime-dir or GP_RUNTIME_DIR"
+    if not stat.S_ISDIR(found.st_mode):
+        raise StartError("NoConnectionFile", "%s is not a folder: %s" % (base, advice))
+    if not mine and not (chosen and found.st_uid == 0):
+        raise StartError("NoConnectionFile", "%s belongs to user %d: %s" % (base, found.st_uid, advice))
+    if chosen:
+        # It may be shared (as /tmp is): the kernel's own folder in it is 0700. But nobody may be able to rename that.
+        if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+            raise StartError("NoConnectionFile", "others may write to %s: %s" % (base, advice))
+    elif found.st_mode & 0o077:
+        os.chmod(base, 0o700)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock a folder and say whether that worked; a file system without locks says no, so its folders are never swept."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (OSError, ImportError):
+        return False
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+

@@ -1,0 +1,214 @@
+"""Choose the kernel's ports by binding them, hold them until the kernel has them, and see when it listens."""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import sys
+
+from .errors import StartError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Mapping
+
+NAMES = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
+AWAITED = ("shell_port", "iopub_port", "control_port")  # those that make a kernel usable
+_TAKEN = (errno.EADDRINUSE, errno.EACCES)
+_PATH_MAX = 107 if sys.platform == "linux" else 103
+_LOOPBACK = {"*": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class Ports:
+    """The ports (or socket paths) of one kernel.
+
+    Args:
+        connection: Template of the connection file: `transport`, `ip` and the five ports, 0 = any.
+        port_range: `(low, high)`, `(0, 0)` = any.
+        folder: Where socket paths go if the template names no prefix.
+
+    Raises:
+        StartError: NoPort.
+    """
+
+    def __init__(self, connection: Mapping[str, Any], port_range: tuple[int, int], folder: str) -> None:
+        self.ipc = connection.get("transport") == "ipc"
+        self.ip = str(connection.get("ip") or (os.path.join(folder, "ipc") if self.ipc else "127.0.0.1"))
+        self.numbers: dict[str, int] = {}
+        self._held: list[_socket.socket] = []
+        wanted = {name: _number(connection.get(name)) for name in NAMES}
+        try:
+            if self.ipc:
+                self._choose_paths(wanted)
+            else:
+                self._choose_numbers(wanted, port_range)
+        except BaseException:
+            self.release()
+            raise
+
+    def hold(self) -> None:
+        """Bind the chosen ports again, so that nobody else gets them while the kernel is away."""
+        if self.ipc:
+            for number in self.numbers.values():
+                _path_is_free(self._path(number))  # unlinks what the last kernel left
+        elif not self._held:
+            for number in self.numbers.values():
+                try:
+                    self._held.append(self._bind(number, True))
+                except OSError:
+                    pass
+            self._keep_or_release()
+
+    def release(self) -> None:
+        """Let go of the ports: the kernel has them, or shall have them."""
+        while self._held:
+            self._held.pop().close()
+
+    def accepts(self, name: str) -> bool:
+        """Say whether the kernel accepts connections on a port."""
+        number = self.numbers[name]
+        try:
+            if self.ipc:
+                return _connects(_socket.AF_UNIX, self._path(number))
+            return _connects(self._family(), (_LOOPBACK.get(self.ip, self.ip), number))
+        except OSError:
+            return False
+
+    def _choose_numbers(self, wanted: Mapping[str, int], port_range: tuple[int, int]) -> None:
+        candidates = list(range(port_range[0], port_range[1] + 1)) if port_range[1] else []
+        for name in NAMES:
+            if wanted[name] and wanted[name] not in self.numbers.values() and self._take(name, wanted[name], True):
+                continue
+            if not port_range[1]:
+                self._take(name, 0, False)
+                continue
+            while candidates and not self._take(name, _draw(candidates), False):
+                pass
+            if name not in self.numbers:
+                raise StartError("NoPort", "no free port left in %d..%d on %s" % (port_range[0], port_range[1], self.ip))
+        self._keep_or_release()
+
+    def _take(self, name: str, number: int, shared: bool) -> bool:
+        try:
+            held = self._bind(number, shared)
+        except OSError as error:
+            if number and error.errno in _TAKEN:
+                return False
+            raise StartError("NoPort", "cannot bind on %s: %s" % (self.ip, error.strerror or error)) from None
+        self._held.append(held)
+        self.numbers[name] = held.getsockname()[1]
+        return True
+
+    def _bind(self, number: int, shared: bool) -> _socket.socket:
+        """Bind a port; ``shared``: also one with connections of a former kernel, or one held by another launcher."""
+        bound = _socket.socket(self._family(), _socket.SOCK_STREAM)
+        try:
+            if shared:
+                bound.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+            bound.bind(("0.0.0.0" if self.ip == "*" else self.ip, number))
+        except BaseException:
+            bound.close()
+            raise
+        return bound
+
+    def _keep_or_release(self) -> None:
+        """Go on holding the ports where a kernel can bind them all the same.
+
+        Linux lets two sockets have a port if both set SO_REUSEADDR and only one listens; ZeroMQ, Java and Go set it.
+        So no other process, nor fifty launchers started together, gets one of these ports before the kernel does.
+        """
+        for held in self._held:
+            held.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
+        if sys.platform != "linux" or not self._held:
+            return self.release()
+        try:
+            trial = self._bind(self._held[0].getsockname()[1], True)
+            try:
+                trial.listen(1)
+            finally:
+                trial.close()
+        except OSError:
+            self.release()
+
+    def _choose_paths(self, wanted: Mapping[str, int]) -> None:
+        number = 0
+        for name in NAMES:
+            choice = wanted[name]
+            while not choice or choice in self.numbers.values() or not _path_is_free(self._path(choice)):
+                number += 1
+                if number > 1000:
+                    raise StartError("NoPort", "no free socket path %s-N" % self.ip)
+                choice = number
+            self.numbers[name] = choice
+
+    def _path(self, number: int) -> str:
+        path = "%s-%d" % (self.ip, number)
+        if len(os.fsencode(path)) > _PATH_MAX:
+            raise StartError("NoPort", "the socket path %s has more than %d bytes" % (path, _PATH_MAX))
+        return path
+
+    def _family(self) -> int:
+        return _socket.AF_INET6 if ":" in self.ip else _socket.AF_INET
+
+
+def _number(value: Any) -> int:
+    try:
+        return max(0, int(value or 0))
+    except (TypeError, ValueError):
+        return 0
+
+
+def _draw(candidates: list[int]) -> int:
+    """Take a random number out of a list (`random` costs 5 ms to import)."""
+    index = int.from_bytes(os.urandom(4), "big") % len(candidates)
+    candidates[index], candidates[-1] = candidates[-1], candidates[index]
+    return candidates.pop()
+
+
+def _path_is_free(path: str) -> bool:
+    """Say whether a socket path can be bound; unlinks one that nobody listens on."""
+    try:
+        return not _connects(_socket.AF_UNIX, path)
+    except FileNotFoundError:
+        if os.path.isdir(os.path.dirname(path) or "."):
+            return True
+        raise StartError("NoPort", "the folder of the socket path %s does not exist" % path) from None
+    except OSError as error:
+        if error.errno != errno.ECONNREFUSED:
+            return False
+    try:
+        os.unlink(path)
+        return True
+    except OSError:
+        return False
+
+
+def _connects(family: int, address: Any) -> bool:
+    """Connect without waiting: on the same machine the answer is there at once.
+
+    Raises:
+        OSError: Nobody listens.
+    """
+    probe = _socket.socket(family, _socket.SOCK_STREAM)
+    try:
+        probe.setblocking(False)
+        try:
+            probe.connect(address)
+        except BlockingIOError as error:
+            if family == _socket.AF_UNIX:
+                return True  # EAGAIN: somebody listens, the queue is full
+            if error.errno != errno.EINPROGRESS or not _finishes(probe):
+                return False
+        # A port that nobody holds can be drawn as the source of this very connection, which then meets itself.
+        return family == _socket.AF_UNIX or probe.getsockname()[:2] != probe.getpeername()[:2]
+    finally:
+        probe.close()
+
+
+def _finishes(probe: _socket.socket) -> bool:
+    import select
+
+    poll = select.poll()
+    poll.register(probe.fileno(), select.POLLOUT)
+    return bool(poll.poll(50)) and probe.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR) == 0

@@ -1,0 +1,271 @@
+"""One TLS connection to a server: connect, check the pin, say hello, exchange frames."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import socket
+import ssl
+import time
+
+from . import wire
+from .loop import READ, WRITE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol, Sequence
+
+    from .loop import Loop, Timer
+
+    class Listener(Protocol):
+        """Whoever is told what a session meets."""
+
+        def on_frame(self, session: Session, kind: int, stream: int, payload: bytes) -> None:
+            """A frame has come."""
+
+        def on_closed(self, session: Session, why: str, refused: bool) -> None:
+            """The session is over; ``refused``: there is no server of ours at this address."""
+
+
+DEADLINE = 10.0  # seconds for connect and handshake, and again for the server's answer to `hello`
+
+
+class TlsUnsupported(Exception):
+    """This Python cannot speak TLS 1.3."""
+
+
+def make_context() -> ssl.SSLContext:
+    """Return a context for TLS 1.3 that leaves the certificate to the pin.
+
+    Raises:
+        TlsUnsupported: This Python has no TLS 1.3.
+    """
+    if not getattr(ssl, "HAS_TLSv1_3", False):
+        raise TlsUnsupported("this Python has %s, which has no TLS 1.3" % ssl.OPENSSL_VERSION)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # self-signed; `Session` compares its hash before it sends anything
+    return context
+
+
+class Session:
+    """A connection to one address of a server.
+
+    Args:
+        loop: Runs it.
+        context: See `make_context`.
+        address: Family and socket address.
+        pins: SHA-256 of the certificates to trust, in hexadecimal.
+        hello: First message.
+        listener: Is told of frames and of the end.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        context: ssl.SSLContext,
+        address: tuple[int, Any],
+        pins: Sequence[str],
+        hello: dict[str, Any],
+        listener: Listener,
+    ) -> None:
+        self.name = "%s port %s" % address[1][:2]
+        self.accepted = False
+        self.last_received = time.monotonic()
+        self._loop = loop
+        self._context = context
+        self._address = address
+        self._pins = pins
+        self._hello = hello
+        self._listener = listener
+        self._decoder = wire.Decoder()
+        self._out = bytearray()
+        self._socket: socket.socket | None = None
+        self._tls: ssl.SSLSocket | None = None
+        self._deadline: Timer | None = None
+        self._ping: Timer | None = None
+        self._ping_every = 0.0
+        self._pings = 0
+
+    def open(self) -> None:
+        """Start to connect."""
+        family, target = self._address
+        self._deadline = self._loop.after(DEADLINE, lambda: self.close("no connection within %g s" % DEADLINE))
+        try:
+            self._socket = socket.socket(family, socket.SOCK_STREAM)
+            self._socket.setblocking(False)
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):  # unacknowledged data: the path is dead, whatever TCP hopes
+                self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30000)
+            code = self._socket.connect_ex(target)
+        except OSError as error:
+            self._fail(error)
+            return
+        if code not in (0, errno.EINPROGRESS):
+            self._fail(OSError(code, os.strerror(code)))
+            return
+        self._loop.watch(self._socket.fileno(), WRITE, self._connected)
+
+    def accept(self, ping: float) -> None:
+        """Take note that the server accepted us.
+
+        Args:
+            ping: Seconds of silence after which we ask whether it is still there.
+        """
+        self.accepted = True
+        self._loop.cancel(self._deadline)
+        self._loop.cancel(self._ping)
+        self._ping_every = ping
+        self._ping = self._loop.after(ping, self._keep_alive)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message on stream 0."""
+        self.send_frame(wire.MESSAGE, 0, wire.pack_message(message)[wire.HEADER.size :])
+
+    def send_frame(self, kind: int, stream: int, payload: bytes) -> None:
+        """Send a frame of any type."""
+        if self._tls is not None:
+            self._out += wire.pack(kind, stream, payload)
+            self._write()
+
+    def close(self, why: str, refused: bool = False) -> None:
+        """End the connection and tell the listener; safe to repeat."""
+        if self._forget():
+            self._listener.on_closed(self, why, refused)
+
+    def finish(self, seconds: float) -> None:
+        """Send what is queued and close, waiting for the server at most some seconds; the listener is not told."""
+        tls = self._tls
+        if tls is not None:
+            try:
+                tls.settimeout(seconds)
+                if self._out:
+                    tls.sendall(self._out)
+                self._half_close(tls)
+                tls.settimeout(seconds)
+                end = time.monotonic() + seconds
+                while socket.socket.recv(tls, 65536) and time.monotonic() < end:
+                    pass
+            except OSError:
+                pass
+        self._forget()
+
+    @staticmethod
+    def _half_close(tls: ssl.SSLSocket) -> None:
+        # Then read on: closing with unread data makes TCP throw away what we have just sent.
+        tls.settimeout(0)
+        try:
+            tls.unwrap()
+        except (OSError, ValueError):
+            pass  # close_notify is sent, the server's has not come yet
+        socket.socket.shutdown(tls, socket.SHUT_WR)
+
+    def _forget(self) -> bool:
+        if self._socket is None:
+            return False
+        self._loop.unwatch(self._socket.fileno())
+        self._loop.cancel(self._deadline)
+        self._loop.cancel(self._ping)
+        self._socket.close()
+        self._socket = self._tls = None
+        return True
+
+    def _fail(self, error: OSError) -> None:
+        self.close(str(error.strerror or error), error.errno == errno.ECONNREFUSED)
+
+    def _connected(self, _events: int) -> None:
+        assert self._socket is not None
+        code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._fail(OSError(code, os.strerror(code)))
+            return
+        self._loop.unwatch(self._socket.fileno())
+        try:
+            self._tls = self._context.wrap_socket(self._socket, do_handshake_on_connect=False)
+        except (OSError, ValueError) as error:
+            self.close("TLS: %s" % error)
+            return
+        self._socket = self._tls  # the plain object gave its descriptor away
+        self._shake(0)
+
+    def _shake(self, _events: int) -> None:
+        assert self._tls is not None
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._loop.watch(self._tls.fileno(), READ, self._shake)
+            return
+        except ssl.SSLWantWriteError:
+            self._loop.watch(self._tls.fileno(), WRITE, self._shake)
+            return
+        except (OSError, ValueError) as error:
+            self.close("TLS handshake: %s" % error)
+            return
+        pin = hashlib.sha256(self._tls.getpeercert(True) or b"").hexdigest()
+        if pin not in self._pins:
+            self.close("the certificate there has the pin %s, not ours: another server" % pin, refused=True)
+            return
+        self._loop.cancel(self._deadline)
+        self._deadline = self._loop.after(DEADLINE, lambda: self.close("no answer to hello within %g s" % DEADLINE))
+        self._loop.watch(self._tls.fileno(), READ, self._ready)
+        self.send(self._hello)
+
+    def _ready(self, events: int) -> None:
+        if events & WRITE:
+            self._write()
+        if events & READ and self._tls is not None:
+            self._read()
+
+    def _read(self) -> None:
+        for _ in range(16):  # bounded: other descriptors want their turn too
+            if self._tls is None:
+                return
+            try:
+                data = self._tls.recv(65536)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return
+            except (OSError, ValueError) as error:
+                self.close("lost: %s" % error)
+                return
+            if not data:
+                self.close("closed by the server")
+                return
+            self.last_received = time.monotonic()
+            try:
+                for frame in self._decoder.feed(data):
+                    if self._socket is not None:
+                        self._listener.on_frame(self, *frame)
+            except wire.WireError as error:
+                self.close("not protocol 2: %s" % error)
+                return
+        if self._tls is not None and self._tls.pending():
+            self._loop.after(0, self._read)  # what TLS holds already does not make the socket readable
+
+    def _write(self) -> None:
+        tls = self._tls
+        if tls is None:
+            return
+        try:
+            while self._out:
+                del self._out[: tls.send(self._out)]
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            pass
+        except (OSError, ValueError) as error:
+            self.close("lost: %s" % error)
+            return
+        self._loop.watch(tls.fileno(), READ | WRITE if self._out else READ, self._ready)
+
+    def _keep_alive(self) -> None:
+        silence = time.monotonic() - self.last_received
+        every = self._ping_every
+        if silence >= 2.5 * every - 0.001:
+            self.close("the server has been silent for %.0f s" % silence)
+            return
+        if silence < every - 0.001:
+            self._ping = self._loop.after(every - silence, self._keep_alive)
+            return
+        self._pings += 1
+        self._ping = self._loop.after(min(every, 2.5 * every - silence), self._keep_alive)
+        self.send({"type": "ping", "n": self._pings})

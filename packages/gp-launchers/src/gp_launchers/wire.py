@@ -1,0 +1,90 @@
+"""Frames and messages of the launcher session (protocol 2), for both of its ends.
+
+A frame is ``type (1 byte), stream (4), length (4), payload``, big-endian. Type 0 on stream 0 carries one JSON object
+with a ``type``; all other types belong to the kernel's channels. Whoever meets a frame type, a message type or a field
+that it does not know ignores it, so that a newer end can talk to an older one.
+"""
+
+import json
+import struct
+
+VERSION = 2
+HEADER = struct.Struct("!BII")
+MESSAGE = 0  # frame type: one JSON message, on stream 0
+MAX_HELLO = 16 * 1024  # bytes of payload that a server takes before it has accepted a launcher
+MAX_FRAME = 1024 * 1024  # bytes of payload afterwards
+
+
+class WireError(Exception):
+    """The other end sent something that is not protocol 2."""
+
+
+def pack(kind, stream, payload):
+    """Return one frame as bytes."""
+    return HEADER.pack(kind, stream, len(payload)) + payload
+
+
+def pack_message(message):
+    """Return the frame of one message.
+
+    Args:
+        message: JSON-able dict with a ``type``.
+
+    Raises:
+        WireError: It is larger than any other end takes.
+    """
+    payload = json.dumps(message, separators=(",", ":")).encode()
+    if len(payload) > MAX_FRAME:
+        raise WireError("message %s has %d bytes; at most %d are allowed" % (message.get("type"), len(payload), MAX_FRAME))
+    return pack(MESSAGE, 0, payload)
+
+
+def unpack_message(payload):
+    """Return the message of a frame.
+
+    Args:
+        payload: Bytes of a frame of type `MESSAGE`.
+
+    Raises:
+        WireError: Not a JSON object with a string as ``type``.
+    """
+    try:
+        message = json.loads(payload.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise WireError("a message is not JSON: %s" % error) from None
+    if not isinstance(message, dict) or not isinstance(message.get("type"), str):
+        raise WireError("a message is not an object with a type")
+    return message
+
+
+class Decoder:
+    """Cuts a byte stream into frames; keeps at most one unfinished frame of at most ``limit`` bytes.
+
+    Args:
+        limit: Largest payload in bytes; may be raised later.
+    """
+
+    def __init__(self, limit=MAX_FRAME):
+        self.limit = limit
+        self._buffer = bytearray()
+
+    def feed(self, data):
+        """Take bytes and return the list of complete frames as ``(type, stream, payload)``.
+
+        Raises:
+            WireError: A frame is larger than the limit; the stream cannot be read any further.
+        """
+        self._buffer += data
+        frames = []
+        start = 0
+        while len(self._buffer) - start >= HEADER.size:
+            kind, stream, length = HEADER.unpack_from(self._buffer, start)
+            if length > self.limit:
+                raise WireError("a frame of %d bytes; at most %d are allowed" % (length, self.limit))
+            end = start + HEADER.size + length
+            if len(self._buffer) < end:
+                break
+            frames.append((kind, stream, bytes(self._buffer[start + HEADER.size : end])))
+            start = end
+        del self._buffer[:start]
+        return frames

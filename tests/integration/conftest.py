@@ -1,0 +1,81 @@
+"""Fixtures of the integration tests: what a machine can offer, and a Jupyter that nobody else uses.
+
+Environment of a test run:
+
+- `GP_TEST_REQUIRE`: names, separated by commas, whose absence is a failure and not a skip; `all` for all.
+  They are the names given to `require` and `offer`: slurm, irkernel, jjava, xeus-python.
+- `GP_TEST_SLURM_CONF`: the slurm.conf of a cluster to use instead of one of our own.
+- `GP_TEST_CACHE`: where downloads are kept (default: `gp-tests` in the XDG cache folder).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clusters import kernels
+from clusters.availability import offer, require
+from clusters.jupyter_env import JupyterEnv, isolated_jupyter
+from clusters.slurm import SlurmCluster
+
+__all__ = ["JupyterEnv", "offer", "require"]
+
+
+# -- clusters
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """A running Slurm, to which Slurm's commands talk for the rest of the session (`SLURM_CONF`)."""
+    given = os.environ.get("GP_TEST_SLURM_CONF")
+    cluster = SlurmCluster(existing_config=Path(given) if given else None)
+    offer("slurm", cluster.up)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in cluster.env.items():
+                patch.setenv(name, value)
+            yield cluster
+    finally:
+        cluster.down()
+
+
+# -- kernels
+
+
+@pytest.fixture(scope="session")
+def ipykernel_spec() -> Path:
+    """Kernelspec folder of ipykernel in the interpreter that runs the tests."""
+    return kernels.ipykernel()
+
+
+@pytest.fixture(scope="session")
+def irkernel_spec() -> Path:
+    """Kernelspec folder of the R kernel: interrupted by signal."""
+    return offer("irkernel", kernels.irkernel)
+
+
+@pytest.fixture(scope="session")
+def jjava_spec() -> Path:
+    """Kernelspec folder of a Java kernel: interrupted by message."""
+    return offer("jjava", kernels.jjava)
+
+
+@pytest.fixture(scope="session")
+def xeus_python_spec() -> Path:
+    """Kernelspec folder of a kernel that dies on SIGINT."""
+    return offer("xeus-python", kernels.xeus_python)
+
+
+# -- Jupyter
+
+
+@pytest.fixture
+def jupyter_env() -> Iterator[JupyterEnv]:
+    """A Jupyter of this test's own: no kernelspec, setting, running kernel or key of the tester is in sight.
+
+    Kernelspecs of the interpreter's own environment (`share/jupyter/kernels`) stay visible.
+    """
+    with isolated_jupyter() as env:
+        yield env
