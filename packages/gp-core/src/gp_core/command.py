@@ -54,4 +54,8 @@ def launch_environment(
             # a literal of the caller's must not be expanded over there
             env[name] = value.replace("$", "$$")
     env |= kernelspec
-    return {name: value for name, value in env.items() if name not in NEVER_SENT and "\0" not in name + value}
+    return {name: value for name, value in env.items() if name not in NEVER_SENT and _can_be_set(name, value)}
+
+
+def _can_be_set(name: str, value: str) -> bool:
+    return bool(name) and "=" not in name and "\0" not in name + value

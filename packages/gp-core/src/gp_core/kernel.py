@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from . import protocol, startup
 from .backend import Backend, Handle, KernelInfo, LaunchRequest, State, Status
-from .errors import LAUNCHER_DIED, BackendError, ProtocolError
+from .errors import LAUNCHER_DIED, BackendError, ConfigError, ProtocolError
 from .events import Event, KernelEvent
 from .plugins import plugins
 from .ports import PortRange
@@ -31,6 +31,7 @@ from .store import Record
 
 LINGER = 60.0  # seconds that an exited kernel's job stays for a restart
 REDIAL = 10.0  # seconds that a restart or signal waits for a lost session to come back
+MAX_BUNDLE = 120_000  # bytes; Linux allows 128 KiB for one variable
 STOP = 10.0  # seconds for a job to end before it is killed
 
 
@@ -78,6 +79,7 @@ class RemoteKernel:
         self._removed = False
         self._restart: Message | None = None  # until the launcher confirms that run
         self._looking: asyncio.Task[None] | None = None
+        self._told: asyncio.Task[None] | None = None
         self._lingering: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -127,8 +129,12 @@ class RemoteKernel:
     def _complete(self, plan: Plan, token: str, extra: Mapping[str, str]) -> LaunchRequest:
         request = plan.request
         env = {**request.env, **extra}
-        bundle = {"token": token, "connection": plan.connection, "env": env}
-        return replace(request, env=env, secrets={"GP_LAUNCH_SECRETS": json.dumps(bundle)})
+        bundle = json.dumps({"token": token, "connection": plan.connection, "env": env})
+        if len(bundle) > MAX_BUNDLE:
+            raise ConfigError(
+                f"kernel {request.kernel_id}: its environment has {len(bundle)} bytes; {MAX_BUNDLE} can be sent"
+            )
+        return replace(request, env=env, secrets={"GP_LAUNCH_SECRETS": bundle})
 
     async def restart(self, plan: Plan) -> None:
         """Replace the kernel inside its launcher, or launch anew with the same ports and keys if the launcher is gone.
@@ -154,6 +160,7 @@ class RemoteKernel:
             await self._save()
             self._restart = message
             self._send(message)
+            self._reports.put_nowait(Report("connected"))
             await self._confirm(plan, watch=False)
         except BaseException as error:
             await self._give_up(error, None)
@@ -422,8 +429,14 @@ class RemoteKernel:
 
     def _tell(self, event: Event, detail: str = "", data: Mapping[str, Any] | None = None) -> None:
         self.log.info("kernel %s: %s %s", self.info.kernel_id, event.value, detail)
-        told = KernelEvent(event=event, detail=detail, data=data or {})
-        runtime().spawn(plugins().kernel_event(self.info, told), name="event")
+        told, before = KernelEvent(event=event, detail=detail, data=data or {}), self._told
+
+        async def tell() -> None:
+            if before is not None:
+                await before  # plugins hear the events of a kernel in order, and a slow one delays nothing else
+            await plugins().kernel_event(self.info, told)
+
+        self._told = runtime().spawn(tell(), name="event")
 
 
 async def _drain(queue: asyncio.Queue[Report]) -> AsyncIterator[Report]:

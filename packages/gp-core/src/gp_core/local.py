@@ -12,6 +12,7 @@ import signal as signals
 import sys
 from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -37,6 +38,10 @@ class LocalBackend(Backend):
     runs_here = True
     bind_address = "127.0.0.1"
     poll_interval = (0.05, 1.0)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._exit_codes: dict[int, int] = {}
 
     async def launch(self, request: LaunchRequest) -> Handle:
         code = START.format(path=str(Path(gp_launchers.__file__).parents[1]))
@@ -68,10 +73,13 @@ class LocalBackend(Backend):
         }
 
     async def status(self, handle: Handle) -> Status:
-        process = _process(handle)
-        if process is None:
-            return Status(state=State.GONE, exit_code=_reap(handle["pid"]))
-        return Status(state=State.RUNNING)
+        return self._gone(handle) if _process(handle) is None else Status(state=State.RUNNING)
+
+    def _gone(self, handle: Handle) -> Status:
+        code = self._exit_codes.get(handle["pid"], _reap(handle["pid"]))
+        if code is not None:
+            self._exit_codes[handle["pid"]] = code  # it can be asked for once only
+        return Status(state=State.GONE, exit_code=code)
 
     async def watch(self, handle: Handle) -> AsyncIterator[Status]:
         """Wait for the launcher's end without polling, where the kernel of this machine can tell (Linux)."""
@@ -91,7 +99,7 @@ class LocalBackend(Backend):
                     await ended.wait()
                 finally:
                     loop.remove_reader(descriptor)
-            yield Status(state=State.GONE, exit_code=_reap(handle["pid"]))
+            yield self._gone(handle)
         finally:
             os.close(descriptor)
 

@@ -147,7 +147,7 @@ def launch_options(backend: type[Backend]) -> dict[str, TraitType[Any, Any]]:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a kernelspec's ``config`` comes to: values for the provisioner and for the backend, and the narrowed policy."""
+    """What a kernelspec's ``config`` comes to: values for provisioner and backend, and the narrowed policy."""
 
     provisioner: dict[str, Any]
     backend: dict[str, Any]

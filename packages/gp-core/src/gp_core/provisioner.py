@@ -15,9 +15,9 @@ So ``kill`` and ``terminate`` end the kernel's process only; ``cleanup`` alone d
 from __future__ import annotations
 
 import functools
-import getpass
 import json
 import os
+import pwd
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping
@@ -191,7 +191,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         for name, value in chosen.provisioner.items():
             setattr(self, name, value)
         client = dict(requested if requested is not None else os.environ)
-        user = resolve_user(server.user_source, client, os.environ, getpass.getuser())
+        user = resolve_user(server.user_source, client, os.environ, _own_name())
         check_user(chosen.policy, user)
         parameters = self._client_values(chosen.policy, client)
         timeout = parameters.pop("launch_timeout", self.launch_timeout)
@@ -327,6 +327,14 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
 
 
 SECRET = ("key", "curve_publickey", "curve_secretkey")
+
+
+def _own_name() -> str:
+    """Return the name of the server's own user; not from the environment, as `getpass.getuser` does."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid-{os.getuid()}"  # containers run as users without a name
 
 
 def _text(value: Any) -> str:
