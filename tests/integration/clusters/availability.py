@@ -36,4 +36,5 @@ def offer(name: str, make: Callable[[], T]) -> T:
     try:
         return make()
     except Unavailable as missing:
-        require(name, str(missing))
+        reason = str(missing)
+    require(name, reason)

@@ -93,8 +93,8 @@ class IsolatedNode:
 
         Idempotent.
         """
-        if self._process is None:
-            return
+        if self._process is None or self._process.poll() is not None:
+            return  # its pid may be somebody else's by now
         # The namespace's first process, not `unshare` around it: then waiting for `unshare` is waiting for
         # everything. There is none while `unshare` is only starting, and then nothing else is either.
         for pid in _children(self._process.pid) or [self._process.pid]:
@@ -122,7 +122,7 @@ class IsolatedNode:
         self._signal_all(signal.SIGCONT)
 
     def _signal_all(self, signum: signal.Signals) -> None:
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:
             return
         for first in _children(self._process.pid):
             for pid in _descendants(first):

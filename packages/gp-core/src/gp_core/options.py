@@ -15,6 +15,7 @@ from typing import Any
 from traitlets import (
     Bool,
     CaselessStrEnum,
+    Container,
     Float,
     HasTraits,
     Instance,
@@ -107,8 +108,8 @@ class ProvisionerOptions(LoggingConfigurable):
 
         from .server import kernel_server
 
-        if named := os.environ.get("GP_UNAUTHORIZED_USERS"):
-            return [name.strip() for name in named.split(",")]
+        if (named := os.environ.get("GP_UNAUTHORIZED_USERS")) is not None:
+            return [name.strip() for name in named.split(",") if name.strip()]
         # with "os" the server's own user is the only one: to deny root then would only break servers in containers
         return [] if kernel_server(self.config).user_source == "os" else ["root"]
 
@@ -194,7 +195,9 @@ def checked(key: str, value: Any, trait: TraitType[Any, Any]) -> Any:
         ConfigError: It is no such value; the text names option and value.
     """
     try:
-        if isinstance(value, str) and not isinstance(trait, Unicode):
+        if isinstance(value, str) and isinstance(trait, Container):
+            value = trait.from_string_list([item.strip() for item in value.split(",") if item.strip()])
+        elif isinstance(value, str) and not isinstance(trait, Unicode):
             value = trait.from_string(value)
         return trait._validate(HasTraits(), value)
     except (TraitError, ValueError) as error:

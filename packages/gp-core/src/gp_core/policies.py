@@ -51,8 +51,10 @@ def resolve_user(source: str, client_env: Mapping[str, str], process_env: Mappin
     return _user_name(process_env[source[4:]])
 
 
-def _user_name(user: str) -> str:
+def _user_name(user: object) -> str:
     """Return a name that stays one word of a path and of a command line, and does not stand for uid 0."""
+    if not isinstance(user, str):  # a client's JSON
+        raise ConfigError(f"{user!r} is not acceptable as a user name")
     bad = (
         not 0 < len(user) <= 255
         or user != user.strip()

@@ -226,7 +226,8 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
     def _client_values(self, policy: Policy, client: Mapping[str, str]) -> dict[str, Any]:
         schema = self.kernel_spec.metadata.get("parameters")
         open_to_clients = opened(policy, from_schema(schema) if schema else {})
-        return dict(from_client(open_to_clients, client, launch_timeout_cap=policy.launch_timeout_cap))
+        defaults = {name: known.default for name, known in open_to_clients.items() if known.default is not None}
+        return defaults | from_client(open_to_clients, client, launch_timeout_cap=policy.launch_timeout_cap)
 
     def _command(
         self,

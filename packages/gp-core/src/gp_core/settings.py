@@ -6,7 +6,7 @@ import functools
 import os
 from typing import Any, TypeVar
 
-from traitlets import TraitError, TraitType
+from traitlets import Container, TraitError, TraitType
 
 from .errors import ConfigError
 
@@ -23,7 +23,11 @@ def _env_class(base: type[T]) -> type[T]:
             if raw is None or not raw.strip():
                 return super().default(obj)
             try:
-                return self.from_string(raw)
+                if isinstance(self, Container):
+                    value = self.from_string_list([item.strip() for item in raw.split(",") if item.strip()])
+                else:
+                    value = self.from_string(raw)
+                return value if obj is None else self._validate(obj, value)
             except (TraitError, ValueError) as error:
                 raise ConfigError(f"{name}={raw!r} in the environment: {error}") from None
 

@@ -9,10 +9,17 @@ from __future__ import annotations
 import os
 import sys
 
-from .kernel import Attached, Kernel
+from .errors import StartError
+from .launch import Launch
 from .log import Log
 from .options import HELP, UsageError, parse
 from .secrets_input import SecretsError, read_secrets
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .attached import Attached
+    from .kernel import Kernel
+    from .process import Child
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,19 +43,29 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write("gp-launcher: %s\n" % error)
         return 2
     log = Log(options.log_file, options.kernel_id)
-    kernel = Attached(options, secrets, log) if options.attach else Kernel(options, secrets, log)
+    launch = Launch(options, secrets, log)
+    kernel: Kernel | Attached | None = None
     try:
-        kernel.start(1)
-        from .supervisor import Supervisor
+        outcome: Child | StartError | None = None
+        if not options.attach:
+            try:
+                outcome = launch.start()
+            except StartError as error:
+                outcome = error
+        from .supervisor import Supervisor, watch
 
-        return Supervisor(options, secrets, kernel, log).run()
+        kernel = watch(launch, outcome)
+        return Supervisor(options, secrets.token, kernel, log).run()
     except Exception:
         import traceback
 
         log("%s", traceback.format_exc())
         return 70
     finally:
-        kernel.destroy()
+        if kernel is not None:
+            kernel.destroy()
+        else:
+            launch.remove_files()
 
 
 def _version() -> str:

@@ -33,7 +33,7 @@ def build(target: AnyPath) -> str:
     try:
         with open(temporary, "xb") as file:
             file.write(_SHEBANG)
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            with zipfile.ZipFile(file, "w") as archive:
                 _add(archive, "__main__.py", _MAIN)
                 for name, data in _sources():
                     _add(archive, "gp_launchers/" + name, data)
@@ -57,8 +57,7 @@ def _sources() -> list[tuple[str, bytes]]:
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
-    # Stored, not deflated: small enough, and quicker to start where zlib would have to be loaded first.
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     entry.create_system = 3
     entry.external_attr = 0o644 << 16
-    archive.writestr(entry, data)
+    archive.writestr(entry, data, zipfile.ZIP_DEFLATED, 9)

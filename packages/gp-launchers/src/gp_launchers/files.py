@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-import time
 
 from .errors import StartError, storage_error
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Mapping
-
-_NEW = 60.0  # seconds for which nobody sweeps a folder that is not locked (yet)
-
 
 class KernelFolder:
     """A 0700 folder for one kernel; whoever holds its lock is alive.
@@ -25,7 +21,7 @@ class KernelFolder:
     def __init__(self, path: str) -> None:
         self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        _lock(self._descriptor)
+        lock(self._descriptor)
 
     def file(self, name: str) -> str:
         """Return the path of a file in it."""
@@ -33,9 +29,11 @@ class KernelFolder:
 
     def remove(self) -> None:
         """Delete it with all that is in it, and whatever launchers that were killed left beside it."""
-        remove_tree(self.path)
+        from . import cleanup
+
+        cleanup.remove_tree(self.path)
         os.close(self._descriptor)
-        sweep(os.path.dirname(self.path))
+        cleanup.sweep(os.path.dirname(self.path))
 
 
 def create_folder(option: str, kernel_id: str, environ: Mapping[str, str]) -> KernelFolder:
@@ -78,49 +76,11 @@ def write_private(path: str, text: str) -> None:
             os.close(descriptor)
         os.replace(temporary, path)
     except OSError as error:
-        _unlink(temporary)
-        raise storage_error("write", path, error) from None
-
-
-def remove_tree(path: str) -> None:
-    """Delete a folder and what is in it; what cannot be deleted stays."""
-    try:
-        entries = list(os.scandir(path))
-    except OSError:
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            remove_tree(entry.path)
-        else:
-            _unlink(entry.path)
-    try:
-        os.rmdir(path)
-    except OSError:
-        pass
-
-
-def sweep(base: str) -> None:
-    """Delete kernel folders whose launcher was killed: they hold keys. A launcher alive keeps its folder locked."""
-    try:
-        entries = list(os.scandir(base))
-    except OSError:
-        return
-    for entry in entries:
-        tail = entry.name.rpartition("-")[2]
-        if len(tail) != 8 or tail.strip("0123456789abcdef"):
-            continue
         try:
-            found = entry.stat(follow_symlinks=False)
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or time.time() - found.st_mtime < _NEW:
-                continue
-            descriptor = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            os.unlink(temporary)
         except OSError:
-            continue
-        try:
-            if _lock(descriptor):
-                remove_tree(entry.path)
-        finally:
-            os.close(descriptor)
+            pass
+        raise storage_error("write", path, error) from None
 
 
 def _runtime_folder(option: str, environ: Mapping[str, str]) -> tuple[str, bool]:
@@ -156,7 +116,7 @@ def _check_base(base: str, chosen: bool) -> None:
         os.chmod(base, 0o700)
 
 
-def _lock(descriptor: int) -> bool:
+def lock(descriptor: int) -> bool:
     """Lock a folder and say whether that worked; a file system without locks says no, so its folders are never swept."""
     try:
         import fcntl
@@ -165,11 +125,3 @@ def _lock(descriptor: int) -> bool:
         return True
     except (OSError, ImportError):
         return False
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
-

@@ -1,4 +1,4 @@
-"""Choose the kernel's ports by binding them, hold them until the kernel has them, and see when it listens."""
+"""Choose the kernel's ports by binding them, and hold them until the kernel has them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     from typing import Any, Mapping
 
 NAMES = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
-AWAITED = ("shell_port", "iopub_port", "control_port")  # those that make a kernel usable
 _TAKEN = (errno.EADDRINUSE, errno.EACCES)
 _PATH_MAX = 107 if sys.platform == "linux" else 103
-_LOOPBACK = {"*": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class Ports:
@@ -50,8 +48,10 @@ class Ports:
     def hold(self) -> None:
         """Bind the chosen ports again, so that nobody else gets them while the kernel is away."""
         if self.ipc:
+            from .probe import path_is_free
+
             for number in self.numbers.values():
-                _path_is_free(self._path(number))  # unlinks what the last kernel left
+                path_is_free(self.path(number))  # unlinks what the last kernel left
         elif not self._held:
             for number in self.numbers.values():
                 try:
@@ -64,16 +64,6 @@ class Ports:
         """Let go of the ports: the kernel has them, or shall have them."""
         while self._held:
             self._held.pop().close()
-
-    def accepts(self, name: str) -> bool:
-        """Say whether the kernel accepts connections on a port."""
-        number = self.numbers[name]
-        try:
-            if self.ipc:
-                return _connects(_socket.AF_UNIX, self._path(number))
-            return _connects(self._family(), (_LOOPBACK.get(self.ip, self.ip), number))
-        except OSError:
-            return False
 
     def _choose_numbers(self, wanted: Mapping[str, int], port_range: tuple[int, int]) -> None:
         candidates = list(range(port_range[0], port_range[1] + 1)) if port_range[1] else []
@@ -102,7 +92,7 @@ class Ports:
 
     def _bind(self, number: int, shared: bool) -> _socket.socket:
         """Bind a port; ``shared``: also one with connections of a former kernel, or one held by another launcher."""
-        bound = _socket.socket(self._family(), _socket.SOCK_STREAM)
+        bound = _socket.socket(self.family(), _socket.SOCK_STREAM)
         try:
             if shared:
                 bound.setsockopt(_socket.SOL_SOCKET, _socket.SO_REUSEADDR, 1)
@@ -132,23 +122,27 @@ class Ports:
             self.release()
 
     def _choose_paths(self, wanted: Mapping[str, int]) -> None:
+        from .probe import path_is_free
+
         number = 0
         for name in NAMES:
             choice = wanted[name]
-            while not choice or choice in self.numbers.values() or not _path_is_free(self._path(choice)):
+            while not choice or choice in self.numbers.values() or not path_is_free(self.path(choice)):
                 number += 1
                 if number > 1000:
                     raise StartError("NoPort", "no free socket path %s-N" % self.ip)
                 choice = number
             self.numbers[name] = choice
 
-    def _path(self, number: int) -> str:
+    def path(self, number: int) -> str:
+        """Return the socket path that a number stands for."""
         path = "%s-%d" % (self.ip, number)
         if len(os.fsencode(path)) > _PATH_MAX:
             raise StartError("NoPort", "the socket path %s has more than %d bytes" % (path, _PATH_MAX))
         return path
 
-    def _family(self) -> int:
+    def family(self) -> int:
+        """Return the address family of the tcp ports."""
         return _socket.AF_INET6 if ":" in self.ip else _socket.AF_INET
 
 
@@ -164,51 +158,3 @@ def _draw(candidates: list[int]) -> int:
     index = int.from_bytes(os.urandom(4), "big") % len(candidates)
     candidates[index], candidates[-1] = candidates[-1], candidates[index]
     return candidates.pop()
-
-
-def _path_is_free(path: str) -> bool:
-    """Say whether a socket path can be bound; unlinks one that nobody listens on."""
-    try:
-        return not _connects(_socket.AF_UNIX, path)
-    except FileNotFoundError:
-        if os.path.isdir(os.path.dirname(path) or "."):
-            return True
-        raise StartError("NoPort", "the folder of the socket path %s does not exist" % path) from None
-    except OSError as error:
-        if error.errno != errno.ECONNREFUSED:
-            return False
-    try:
-        os.unlink(path)
-        return True
-    except OSError:
-        return False
-
-
-def _connects(family: int, address: Any) -> bool:
-    """Connect without waiting: on the same machine the answer is there at once.
-
-    Raises:
-        OSError: Nobody listens.
-    """
-    probe = _socket.socket(family, _socket.SOCK_STREAM)
-    try:
-        probe.setblocking(False)
-        try:
-            probe.connect(address)
-        except BlockingIOError as error:
-            if family == _socket.AF_UNIX:
-                return True  # EAGAIN: somebody listens, the queue is full
-            if error.errno != errno.EINPROGRESS or not _finishes(probe):
-                return False
-        # A port that nobody holds can be drawn as the source of this very connection, which then meets itself.
-        return family == _socket.AF_UNIX or probe.getsockname()[:2] != probe.getpeername()[:2]
-    finally:
-        probe.close()
-
-
-def _finishes(probe: _socket.socket) -> bool:
-    import select
-
-    poll = select.poll()
-    poll.register(probe.fileno(), select.POLLOUT)
-    return bool(poll.poll(50)) and probe.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR) == 0

@@ -10,7 +10,8 @@ import time
 
 from . import __version__, wire
 from .dialer import Dialer
-from .kernel import Attached, Kernel
+from .attached import Attached
+from .kernel import Kernel
 from .loop import READ, Loop
 from .secrets_input import environment_is_valid
 from .session import Session, TlsUnsupported, make_context
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
     Message = Dict[str, Any]
 
+    from .errors import StartError
+    from .launch import Launch
     from .log import Log
     from .loop import Timer
     from .options import Options
-    from .secrets_input import Secrets
+    from .process import Child
 
 
 
@@ -39,19 +42,28 @@ NO_SERVER, REFUSED, NO_TLS = 75, 77, 78  # exit codes
 _FORWARDED = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
 
+def watch(launch: Launch, outcome: Child | StartError | None) -> Kernel | Attached:
+    """Return the kernel of a first start, or of an attached process if there is no outcome."""
+    if outcome is None:
+        return Attached(launch)
+    kernel = Kernel(launch)
+    kernel.started(outcome)
+    return kernel
+
+
 class Supervisor:
     """Runs until the kernel is done with.
 
     Args:
         options: The command line.
-        secrets: Token and connection.
+        token: What the server gave this launch.
         kernel: Started already.
         log: Takes every change of state.
     """
 
-    def __init__(self, options: Options, secrets: Secrets, kernel: Kernel | Attached, log: Log) -> None:
+    def __init__(self, options: Options, token: str, kernel: Kernel | Attached, log: Log) -> None:
         self._options = options
-        self._token = secrets.token
+        self._token = token
         self._secret = os.urandom(32).hex()  # the server knows by it that a redial is the same launcher
         self._kernel = kernel
         self._log = log
@@ -108,8 +120,8 @@ class Supervisor:
                 self._poll_attached()
 
     def _kernel_started(self) -> None:
-        self._kernel.confirm()
-        if self._kernel.stderr >= 0:
+        if isinstance(self._kernel, Kernel):
+            self._kernel.confirm()
             self._loop.watch(self._kernel.stderr, READ, self._stderr_ready)
         self._started_at = time.monotonic()
         self._loop.cancel(self._probe)
@@ -127,13 +139,14 @@ class Supervisor:
         self._probe = self._loop.after(0.01 if age < 2 else 0.02 if age < 5 else 0.2, self._look)
 
     def _stderr_ready(self, _events: int) -> None:
+        assert isinstance(self._kernel, Kernel)
         if not self._kernel.read_stderr():
-            self._forget_stderr()
+            self._forget_stderr(self._kernel)
 
-    def _forget_stderr(self) -> None:
-        if self._kernel.stderr >= 0:
-            self._loop.unwatch(self._kernel.stderr)
-            self._kernel.close_stderr()
+    def _forget_stderr(self, kernel: Kernel) -> None:
+        if kernel.stderr >= 0:
+            self._loop.unwatch(kernel.stderr)
+            kernel.close_stderr()
 
     def _reap(self) -> None:
         while True:
@@ -165,12 +178,15 @@ class Supervisor:
 
     def _kernel_exited(self) -> None:
         assert self._kernel.exit is not None
-        if self._restart is not None:
-            self._start_again(self._restart)
-            return
-        if not self._stopping and self._kernel.start_again():
-            self._continue()
-            return
+        if isinstance(self._kernel, Kernel):
+            if self._restart is not None:
+                self._start_again(self._kernel, self._restart)
+                return
+            if self._kernel.died_of_ports() and not self._stopping:
+                self._forget_stderr(self._kernel)
+                self._kernel.start_elsewhere()
+                self._continue()
+                return
         self._loop.cancel(self._probe)
         self._log("run %d: ended, code %s", self._kernel.run, self._kernel.exit.code)
         self._report()
@@ -180,13 +196,13 @@ class Supervisor:
             self._loop.cancel(self._lingering)
             self._lingering = self._loop.after(self._linger, self._end)
 
-    def _start_again(self, message: Message) -> None:
+    def _start_again(self, kernel: Kernel, message: Message) -> None:
         self._restart = None
         self._loop.cancel(self._killer)
         self._loop.cancel(self._lingering)
-        self._forget_stderr()
+        self._forget_stderr(kernel)
         self._log("run %d: restart in place", message["run"])
-        self._kernel.start(message["run"], message.get("argv"), message.get("env"), message.get("cwd"))
+        kernel.start(message["run"], message.get("argv"), message.get("env"), message.get("cwd"))
         self._continue()
 
     def _continue(self) -> None:
@@ -270,8 +286,8 @@ class Supervisor:
                     "detail": kernel.exit.detail,
                 }
             )
-        elif kernel.listened and kernel.ports is not None:
-            self._send({"type": "listening", "run": kernel.run, "pid": kernel.pid, "ports": kernel.ports.numbers})
+        elif kernel.listened and kernel.launch.ports is not None:
+            self._send({"type": "listening", "run": kernel.run, "pid": kernel.pid, "ports": kernel.launch.ports.numbers})
 
     def on_frame(self, session: Session, kind: int, stream: int, payload: bytes) -> None:
         """Take a frame; those of types that are not known yet are ignored."""
@@ -339,7 +355,8 @@ class Supervisor:
     def _on_restart(self, message: Message) -> None:
         run, argv, env, cwd = (message.get(name) for name in ("run", "argv", "env", "cwd"))
         newest = self._restart["run"] if self._restart is not None else self._kernel.run
-        if not isinstance(run, int) or run <= newest or not self._kernel.can_restart or self._stopping:
+        kernel = self._kernel
+        if not isinstance(run, int) or run <= newest or not isinstance(kernel, Kernel) or self._stopping:
             return  # said again after a lost session, for example
         argv_is_valid = isinstance(argv, list) and argv and all(isinstance(w, str) and "\0" not in w for w in argv)
         if not (
@@ -351,9 +368,9 @@ class Supervisor:
             return
         if self._kernel.exit is None:
             self._restart = message  # its end is not told: the server has given that run up
-            self._kernel.signal(signal.SIGKILL)
+            kernel.signal(signal.SIGKILL)
         else:
-            self._start_again(message)
+            self._start_again(kernel, message)
 
     def _on_ping(self, message: Message) -> None:
         session = self._dialer.session

@@ -243,6 +243,14 @@ class SlurmCluster:
         self._own_controller().start()
         self._wait_until(self._controller_listens, "the controller listens")
 
+    def freeze_controller(self) -> None:
+        """Stop the controller in its tracks: commands connect and wait; `thaw_controller` goes on."""
+        self._own_controller().freeze()
+
+    def thaw_controller(self) -> None:
+        """Undo `freeze_controller`."""
+        self._own_controller().thaw()
+
     # -- how it comes up
 
     def _adopt(self) -> None:

@@ -1,0 +1,49 @@
+"""What people see: one console, plain tables, and times in words."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Cell = str | Text
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console that prints text as it is; into a pipe or file without cutting it at 80 columns."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 200
+    return Console(file=stream, markup=False, highlight=False, emoji=False, width=width)
+
+
+def show(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Iterable[str] = ()) -> None:
+    """Print a table.
+
+    Args:
+        head: Titles of the columns.
+        rows: Cells.
+        right: Titles of columns that hold numbers.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for title in head:
+        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
+
+
+def say(text: Cell = "") -> None:
+    """Print a line."""
+    console().print(text)
+
+
+def span(seconds: float) -> str:
+    """Return a time span as people say it."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"

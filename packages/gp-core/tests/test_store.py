@@ -1,0 +1,104 @@
+import json
+import logging
+import os
+import stat
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gp_core.errors import StoreError
+from gp_core.store import FileStore, Owner, Record
+
+
+def record(kernel_id: str = "k1", **more: object) -> Record:
+    return Record(kernel_id=kernel_id, kernel_name="python3", user="ann", backend="local", **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "kernels")
+
+
+def test_a_record_comes_back_whole(store: FileStore) -> None:
+    put = record(handle={"pid": 1}, connection={"key": "k", "shell_port": 5}, secret="s", owner=Owner.me(), created=2.5)
+    store.put(put)
+    assert store.get("k1") == put
+    assert store.list() == [put]
+    store.remove("k1")
+    store.remove("k1")
+    assert store.get("k1") is None
+
+
+def test_files_are_private(store: FileStore) -> None:
+    old = os.umask(0)
+    try:
+        store.put(record())
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(store.folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((store.folder / "k1.json").stat().st_mode) == 0o600
+
+
+def test_secrets_are_not_in_the_repr() -> None:
+    shown = repr(record(token="TOKEN", secret="SECRET", connection={"key": "KEY"}))
+    assert not any(word in shown for word in ("TOKEN", "SECRET", "KEY"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"kernel_id": 3}', '{"kernel_id": "other"}', "\x00"])
+def test_what_is_no_record_is_reported_and_skipped(
+    store: FileStore, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.put(record())
+    (store.folder / "k2.json").write_text(text)
+    with caplog.at_level(logging.WARNING):
+        assert [found.kernel_id for found in store.list()] == ["k1"]
+    assert "k2.json is skipped" in caplog.text
+
+
+def test_fields_of_a_newer_version_are_ignored(store: FileStore) -> None:
+    store.put(record())
+    path = store.folder / "k1.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99, "colour": "red"}))
+    assert store.get("k1") == record()
+
+
+@pytest.mark.parametrize("kernel_id", ["../x", "a/b", "", ".hidden", "a\0b", "x" * 300])
+def test_a_kernel_id_cannot_leave_the_folder(store: FileStore, kernel_id: str) -> None:
+    with pytest.raises(StoreError, match="cannot be a file name"):
+        store.put(record(kernel_id))
+
+
+def test_a_full_disk_leaves_the_old_record_and_no_rubbish(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(record(run=1))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        store.put(record(run=2))
+    assert store.get("k1") == record(run=1)
+    assert [path.name for path in store.folder.iterdir()] == ["k1.json"]
+
+
+def test_an_owner_is_dead_when_its_process_is_or_the_number_belongs_to_another_one() -> None:
+    me = Owner.me()
+    assert me.is_alive()
+    assert not Owner(me.host, me.pid, me.started - 100).is_alive()
+    assert not Owner(me.host, max(psutil.pids()) + 10_000, me.started).is_alive()
+    assert Owner("elsewhere.example", 1, 0.0).is_alive()
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_reading_a_record_never_fails_in_another_way(data: object) -> None:
+    try:
+        Record.from_json(json.dumps(data))
+    except StoreError:
+        pass

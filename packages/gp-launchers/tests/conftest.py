@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fakes import Launcher, Server, make_certificate
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory):
+    return make_certificate(tmp_path_factory.mktemp("certificate"))
+
+
+@pytest.fixture
+def server(certificate):
+    server = Server(*certificate)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def launch(tmp_path, server):
+    launcher = Launcher(tmp_path, server)
+    yield launcher
+    launcher.close()
