@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fakes import Launcher, Server, make_certificate
+from launcher_kit import Launcher, Server, make_certificate
 
 
 @pytest.fixture(scope="session")

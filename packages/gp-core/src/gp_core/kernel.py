@@ -12,13 +12,13 @@ import json
 import secrets
 import signal as signals
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from . import protocol, startup
+from . import protocol, protocol1, startup
 from .backend import Backend, Handle, KernelInfo, LaunchRequest, State, Status
-from .errors import LAUNCHER_DIED, BackendError, ConfigError, ProtocolError
+from .errors import LAUNCHER_DIED, BackendError, ConfigError, ProtocolError, StoreError
 from .events import Event, KernelEvent
 from .plugins import plugins
 from .ports import PortRange
@@ -29,8 +29,11 @@ from .server import KernelServer
 from .startup import Report
 from .store import Record
 
+T = TypeVar("T")
+
 LINGER = 60.0  # seconds that an exited kernel's job stays for a restart
-REDIAL = 10.0  # seconds that a restart or signal waits for a lost session to come back
+REDIAL = 10.0  # seconds that a restart waits for a lost session to come back, before it takes another launcher
+HICCUP = 2.0  # seconds that a signal waits for it, before the platform is asked to deliver it
 MAX_BUNDLE = 120_000  # bytes; Linux allows 128 KiB for one variable
 STOP = 10.0  # seconds for a job to end before it is killed
 
@@ -44,12 +47,14 @@ class Plan:
         connection: Connection file with ports and keys; a port of 0 is chosen by the launcher.
         timeout: Seconds of silence until a start is given up.
         confirm: What confirms a start: "listening", or "connected" (``startup_confirmation: "hello"``).
+        older: What is demanded of a launcher of protocol 1; None for our own.
     """
 
     request: LaunchRequest
     connection: dict[str, Any]
     timeout: float
     confirm: Literal["listening", "connected"] = "listening"
+    older: protocol1.Terms | None = None
 
 
 class RemoteKernel:
@@ -79,6 +84,7 @@ class RemoteKernel:
         self._removed = False
         self._restart: Message | None = None  # until the launcher confirms that run
         self._looking: asyncio.Task[None] | None = None
+        self._writing: asyncio.Task[None] | None = None
         self._told: asyncio.Task[None] | None = None
         self._lingering: asyncio.TimerHandle | None = None
 
@@ -112,6 +118,8 @@ class RemoteKernel:
             await self._save()
             extra = await plugins().before_launch(plan.request)
             request = self._complete(plan, token, extra)
+            if plan.older is not None and self.server.protocol1 is not None:
+                self.server.protocol1.expect(self, plan.older)
             self._tell(Event.LAUNCHING)
             # a task of its own: when the start is cancelled the backend still tells what it has started
             launching = asyncio.create_task(self.backend.launch(request))
@@ -119,16 +127,20 @@ class RemoteKernel:
             await self._save()
             self._tell(Event.LAUNCHED)
             await self._confirm(plan, watch=True)
+            await self._save()
         except BaseException as error:
             await self._give_up(error, launching)
             raise
         finally:
             self._starting = False
-        await self._save()
+            if self.server.protocol1 is not None:
+                self.server.protocol1.forget(self)
 
     def _complete(self, plan: Plan, token: str, extra: Mapping[str, str]) -> LaunchRequest:
         request = plan.request
         env = {**request.env, **extra}
+        if plan.older is not None:
+            return protocol1.with_environment(request, env)
         bundle = json.dumps({"token": token, "connection": plan.connection, "env": env})
         if len(bundle) > MAX_BUNDLE:
             raise ConfigError(
@@ -143,7 +155,7 @@ class RemoteKernel:
             LaunchFailed: See `startup.confirmed`.
         """
         self._stop_lingering()
-        if not await self._reachable() or "restart" not in self.capabilities:
+        if not await self._reachable(REDIAL) or "restart" not in self.capabilities:
             self.log.info(
                 "kernel %s: its launcher is gone or cannot restart; a full launch follows", self.info.kernel_id
             )
@@ -162,12 +174,12 @@ class RemoteKernel:
             self._send(message)
             self._reports.put_nowait(Report("connected"))
             await self._confirm(plan, watch=False)
+            await self._save()
         except BaseException as error:
             await self._give_up(error, None)
             raise
         finally:
             self._starting = False
-        await self._save()
 
     @property
     def ports(self) -> dict[str, int]:
@@ -205,6 +217,8 @@ class RemoteKernel:
             self.record.host = (await self.backend.look(self.record.handle)).host
         self.record.state = "running"
         self._restart = None
+        if protocol1.MUTE in self.capabilities:
+            self._look()
         self._tell(Event.LISTENING, data={"host": self.record.host, "run": self.record.run})
 
     async def _statuses(self, handle: Handle) -> AsyncIterator[Status]:
@@ -247,12 +261,15 @@ class RemoteKernel:
         if self.session is not None:
             self.session.kernel = None  # the launcher has redialled: the old session is fenced off
             self.session.close("replaced by a newer session of the same launcher")
+        if hello.ports is not None:
+            self._take_ports(hello.ports)
         if not again:
             self.record.secret = protocol.digest(hello.secret)
             self._save_soon()
         self.session, self.capabilities = session, hello.capabilities
         self._connected.set()
-        self._stop_looking()
+        if protocol1.MUTE not in self.capabilities:
+            self._stop_looking()
         self._tell(Event.RESUMED if again else Event.CONNECTED, f"launcher {hello.launcher} at {session.address}")
         self._reports.put_nowait(Report("connected"))
         if self._restart is not None and hello.run < self.record.run:
@@ -267,7 +284,8 @@ class RemoteKernel:
         if kind == "listening":
             listening = protocol.Listening.read(message)
             if listening.run == self.record.run:
-                self._listens(listening)
+                self._take_ports(listening.ports)
+                self._reports.put_nowait(Report("listening"))
         else:
             exited = protocol.Exited.read(message)
             if exited.run == self.record.run:
@@ -282,16 +300,14 @@ class RemoteKernel:
         if self._removed:
             return
         self._tell(Event.LOST)
-        if self._looking is None:
-            self._looking = runtime().spawn(self._look_after(), name=f"watch of kernel {self.info.kernel_id}")
+        self._look()
 
-    def _listens(self, listening: protocol.Listening) -> None:
+    def _take_ports(self, ports: Mapping[str, int]) -> None:
         allowed = PortRange.parse(self.record.port_range)
-        for name, port in listening.ports.items():
+        for name, port in ports.items():
             if self.record.connection["transport"] == "tcp" and port not in allowed:
                 raise ProtocolError(f"{name} {port} is outside port_range {allowed}")
-        self.record.connection |= listening.ports
-        self._reports.put_nowait(Report("listening"))
+        self.record.connection |= ports
 
     def _has_ended(self, code: int, report: Report) -> None:
         self._reports.put_nowait(report)
@@ -306,8 +322,12 @@ class RemoteKernel:
                 LINGER, lambda: runtime().spawn(self.remove(), name=f"clean-up of kernel {self.info.kernel_id}")
             )
 
+    def _look(self) -> None:
+        if self._looking is None:
+            self._looking = runtime().spawn(self._look_after(), name=f"watch of kernel {self.info.kernel_id}")
+
     async def _look_after(self) -> None:
-        """While no session is there, ask the platform; only its word that the job is gone ends the kernel."""
+        """While no session tells, ask the platform; only its word that the job is gone ends the kernel."""
         assert self.record.handle is not None
         async for status in self._statuses(self.record.handle):
             if status.state is State.GONE:
@@ -322,15 +342,18 @@ class RemoteKernel:
         """Send a signal to the kernel's process group; one that is dead already is fine."""
         if self.exit_code is not None:
             return
-        if self.session is not None:
+        if await self._reachable(HICCUP):
             self._send(protocol.signal(signum))
         elif self.record.handle is not None and not await self._signal_by_platform(signum):
             if signum in (signals.SIGKILL, signals.SIGTERM):
                 await self.backend.terminate(self.record.handle, force=signum == signals.SIGKILL)
-            elif await self._reachable():
-                self._send(protocol.signal(signum))
             else:
                 self.log.warning("kernel %s cannot be signalled: its launcher is not connected", self.info.kernel_id)
+
+    def end_requested(self) -> None:
+        """The kernel was asked to end by a message of its own."""
+        if protocol1.MUTE in self.capabilities:
+            self._send(protocol1.RELEASE)
 
     async def _signal_by_platform(self, signum: int) -> bool:
         assert self.record.handle is not None
@@ -363,7 +386,10 @@ class RemoteKernel:
             self.exit_code = -int(signals.SIGKILL)
             self._ended.set()
         if forget:
-            await runtime().blocking(self.server.store.remove, self.info.kernel_id)
+            try:
+                await self._in_turn(self.server.store.remove, self.info.kernel_id)
+            except StoreError as error:
+                self.log.warning("%s", error)
             if self.server.kernels.get(self.info.kernel_id) is self:
                 del self.server.kernels[self.info.kernel_id]
             if not already:
@@ -391,6 +417,11 @@ class RemoteKernel:
                 return True
         return True
 
+    async def abandon(self) -> None:
+        """Remove a kernel whose start was confirmed just when the caller gave it up."""
+        if not self._starting and not self._removed:
+            await self.remove(force=True)
+
     async def farewell(self) -> None:
         """At the end of the process: forget a kernel that ends just now; leave one that lives to its lease."""
         with contextlib.suppress(asyncio.TimeoutError):
@@ -403,12 +434,13 @@ class RemoteKernel:
         if self.session is not None:
             self.session.send(message)
 
-    async def _reachable(self) -> bool:
+    async def _reachable(self, patience: float) -> bool:
+        """Whether the launcher is connected, or is again within some seconds, if its job still runs."""
         if self.session is None and self.record.handle is not None:
             status = await self.backend.look(self.record.handle)
             if status.state is not State.GONE:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._connected.wait(), REDIAL)
+                    await asyncio.wait_for(self._connected.wait(), patience)
         return self.session is not None
 
     def _stop_lingering(self) -> None:
@@ -422,10 +454,23 @@ class RemoteKernel:
             self._looking = None
 
     async def _save(self) -> None:
-        await runtime().blocking(self.server.store.put, replace(self.record))
+        await self._in_turn(self.server.store.put, replace(self.record))
 
     def _save_soon(self) -> None:
         runtime().spawn(self._save(), name=f"record of kernel {self.info.kernel_id}")
+
+    async def _in_turn(self, function: Callable[[T], None], argument: T) -> None:
+        """Use the store after all that was asked of it before: a cancelled write still happens, and must not be last."""
+        before = self._writing
+
+        async def turn() -> None:
+            if before is not None:
+                await asyncio.wait({before})
+            await runtime().blocking(function, argument)
+
+        self._writing = asyncio.create_task(turn())
+        self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, if nobody waits
+        await asyncio.shield(self._writing)
 
     def _tell(self, event: Event, detail: str = "", data: Mapping[str, Any] | None = None) -> None:
         self.log.info("kernel %s: %s %s", self.info.kernel_id, event.value, detail)

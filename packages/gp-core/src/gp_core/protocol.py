@@ -44,6 +44,17 @@ def _number(message: Mapping[str, Any], name: str, default: int | None = None) -
     return value
 
 
+def _ports(message: Mapping[str, Any]) -> dict[str, int]:
+    given = message.get("ports")
+    if not isinstance(given, dict):
+        raise ProtocolError(f"{message.get('type')}: ports are missing")
+    ports = {name: _number(given, name) for name in PORTS}
+    for name, port in ports.items():
+        if not 0 < port <= 65535:
+            raise ProtocolError(f"{message.get('type')}: {name} is not a port")
+    return ports
+
+
 @dataclass(frozen=True)
 class Hello:
     """A launcher's first message."""
@@ -58,6 +69,7 @@ class Hello:
     run: int
     capabilities: frozenset[str]
     speaks: bool  #: whether it knows our version of the protocol
+    ports: dict[str, int] | None = None  #: chosen already, though the kernel may not listen yet
 
     def __repr__(self) -> str:  # never the token or the secret
         return f"Hello(kernel_id={self.kernel_id!r}, launcher={self.launcher!r}, host={self.host!r}, pid={self.pid})"
@@ -85,6 +97,7 @@ class Hello:
             run=_number(message, "run", 1),
             capabilities=frozenset(item for item in capabilities[:50] if isinstance(item, str)),
             speaks=VERSION in versions,
+            ports=_ports(message) if message.get("ports") is not None else None,
         )
 
 
@@ -103,14 +116,7 @@ class Listening:
         Raises:
             ProtocolError: A port is missing or no port.
         """
-        given = message.get("ports")
-        if not isinstance(given, dict):
-            raise ProtocolError("listening: ports are missing")
-        ports = {name: _number({**given, "type": "listening"}, name) for name in PORTS}
-        for name, port in ports.items():
-            if not 0 < port <= 65535:
-                raise ProtocolError(f"listening: {name} is not a port")
-        return cls(_number(message, "run"), _number(message, "pid", 0), ports)
+        return cls(_number(message, "run"), _number(message, "pid", 0), _ports(message))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ So ``kill`` and ``terminate`` end the kernel's process only; ``cleanup`` alone d
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import os
@@ -42,6 +43,7 @@ from .plugins import plugins
 from .policies import Policy, check_limit, check_user, opened, resolve_user
 from .ports import PortRange
 from .protocol import PORTS
+from .protocol1 import Terms
 from .runtime import runtime
 from .server import KernelServer, data_folder, kernel_server
 from .store import Record
@@ -115,6 +117,10 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
             kernel, self._kernel, self._reaped = self._kernel, None, True
             await runtime().call(kernel.remove())
 
+    async def shutdown_requested(self, restart: bool = False) -> None:
+        if self._kernel is not None:
+            runtime().loop.call_soon_threadsafe(self._kernel.end_requested)
+
     def get_shutdown_wait_time(self, recommended: float = 5.0) -> float:
         chosen = self.shutdown_timeout if self.shutdown_timeout is not None else recommended
         return plugins().timeout(self._kernel.info, "shutdown", chosen) if self._kernel is not None else chosen
@@ -136,12 +142,13 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         assert self._plan is not None
         plan = self._plan
-        if self._kernel is None:
-            kernel = await self._new_kernel(plan.request)
-            await runtime().call(kernel.launch(plan))
-            self._kernel = kernel
-        else:
-            await runtime().call(self._kernel.restart(plan))
+        kernel = self._kernel or await self._new_kernel(plan.request)
+        try:
+            await runtime().call(kernel.restart(plan) if self._kernel else kernel.launch(plan))
+        except asyncio.CancelledError:
+            runtime().submit(kernel.abandon())
+            raise
+        self._kernel = kernel
         self._reaped = False
         self.connection_info = _for_manager(self._kernel.connection)
         return self.connection_info
@@ -196,7 +203,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         parameters = self._client_values(chosen.policy, client)
         timeout = parameters.pop("launch_timeout", self.launch_timeout)
         self._backend_options = {**chosen.backend, **_fitting(parameters, backend)}
-        await runtime().call(server.open())
+        await runtime().call(server.open_protocol_1() if self.launcher_protocol == 1 else server.open())
         env = launch_environment(
             kernelspec=self.kernel_spec.env, requested=requested, process=os.environ, passed=self.env_passthrough
         )
@@ -221,7 +228,9 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
             "connected" if self.startup_confirmation == "hello" else "listening"
         )
         self._policy = chosen.policy
-        return Plan(request=request, connection=self._connection(backend), timeout=timeout, confirm=confirm)
+        older = Terms(request.port_range, self._encryption() == "required") if self.launcher_protocol == 1 else None
+        connection = self._connection(backend)
+        return Plan(request=request, connection=connection, timeout=timeout, confirm=confirm, older=older)
 
     def _client_values(self, policy: Policy, client: Mapping[str, str]) -> dict[str, Any]:
         schema = self.kernel_spec.metadata.get("parameters")
@@ -244,6 +253,11 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
                 f"kernelspec {self.kernel_spec.display_name!r} starts a launcher of an older kind: make a new one with "
                 'jupyter gp install --from, or put "launcher_protocol": 1 into its config if the operator allows it'
             )
+        if self.launcher_protocol == 1 and (wrapped or names_our_launcher(argv)):
+            raise ConfigError(
+                f'kernelspec {self.kernel_spec.display_name!r} says "launcher_protocol": 1, and its argv starts no '
+                "launcher of that kind: remove the option"
+            )
         values = {
             **values,
             "kernel_id": self.kernel_id,
@@ -252,6 +266,9 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
             "public_key": server.pins,
             "transport_encryption": self._encryption(),
         }
+        if server.protocol1 is not None and self.launcher_protocol == 1:
+            values["public_key"] = server.protocol1.public_key
+            values["response_address"] = server.ipv4_address(local=backend.runs_here)
         if backend.runs_here:
             values |= {"resource_dir": self.kernel_spec.resource_dir, "prefix": sys.prefix}
             if argv[0] in ("python", "python3", f"python{sys.version_info[0]}.{sys.version_info[1]}"):

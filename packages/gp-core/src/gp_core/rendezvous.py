@@ -285,7 +285,10 @@ class Rendezvous:
             session.close()
             return
         self.sessions.add(session)
-        session.accept(found, hello)
+        try:
+            session.accept(found, hello)
+        except ProtocolError as error:
+            session.close(f"kernel {hello.kernel_id}: {error}")
 
     def _sweep(self) -> None:
         now = self.loop.time()

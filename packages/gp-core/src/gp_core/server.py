@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +13,11 @@ from traitlets import Bool, CaselessStrEnum, Int, List, Unicode
 from traitlets.config import Config, LoggingConfigurable
 
 from . import protocol
+from .errors import ConfigError, LaunchDenied
 from .identity import Identity
 from .plugins import plugins
 from .protocol import Hello, Message
+from .protocol1 import Protocol1
 from .rendezvous import Kernel, Rendezvous, own_addresses
 from .runtime import runtime
 from .settings import from_env
@@ -78,7 +79,7 @@ class KernelServer(LoggingConfigurable):
         self.rendezvous: Rendezvous | None = None
         self.port = 0
         self._opening: asyncio.Lock | None = None
-        self.protocol1: Callable[[asyncio.Transport, bytes], bool] | None = None
+        self.protocol1: Protocol1 | None = None
 
     async def open(self) -> None:
         """Open the listener, once; runs on the runtime's loop."""
@@ -92,6 +93,33 @@ class KernelServer(LoggingConfigurable):
             self.rendezvous = made
             self.log.info("launchers call back to %s", ", ".join(self.addresses(local=False)))
             runtime().at_exit.append(self._farewell)
+
+    async def open_protocol_1(self) -> None:
+        """Be ready for launchers of protocol 1, on the same listener; runs on the runtime's loop.
+
+        Raises:
+            LaunchDenied: The operator does not allow it.
+        """
+        if not self.allow_protocol_1:
+            raise LaunchDenied(
+                'the kernelspec says "launcher_protocol": 1, which this server does not speak: its operator may set '
+                "GP_ALLOW_PROTOCOL_1=1 (KernelServer.allow_protocol_1), or make a new one with jupyter gp install --from"
+            )
+        await self.open()
+        assert self._opening is not None
+        async with self._opening:
+            self.protocol1 = self.protocol1 or await Protocol1.open()
+
+    def ipv4_address(self, *, local: bool) -> str:
+        """Return the one address that launchers of protocol 1 are told, which know neither IPv6 nor a second one.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        for address in self.addresses(local=local):
+            if not address.startswith("["):
+                return address
+        raise ConfigError("launchers of protocol 1 need an IPv4 address to call back to: set GP_RESPONSE_IP to one")
 
     def _bind_addresses(self) -> list[str]:
         if self.bind_ip:
@@ -124,7 +152,7 @@ class KernelServer(LoggingConfigurable):
         return ",".join(self.identity.pins)
 
     def _hand_over(self, transport: asyncio.Transport, data: bytes) -> bool:
-        return self.protocol1(transport, data) if self.protocol1 else False
+        return self.protocol1.hand_over(transport, data) if self.protocol1 else False
 
     async def _doorkeeper(self, hello: Hello) -> Kernel | Message:
         kernel = self.kernels.get(hello.kernel_id)

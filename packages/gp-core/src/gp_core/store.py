@@ -149,8 +149,10 @@ class FileStore:
 
     def remove(self, kernel_id: str) -> None:
         """Forget a kernel; one that is unknown is fine."""
-        with contextlib.suppress(FileNotFoundError):
-            self._path(kernel_id).unlink()
+        try:
+            self._path(kernel_id).unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"the record of kernel {kernel_id} cannot be removed: {error}") from None
 
     def list(self) -> list[Record]:
         """Return all records, oldest first; files that are none of ours are reported and skipped."""

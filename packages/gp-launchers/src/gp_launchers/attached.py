@@ -49,7 +49,7 @@ class Attached(Watched):
         except OSError:
             pass
         try:
-            with open("/proc/%d/stat" % self.pid, "rb") as stat:
+            with open(f"/proc/{self.pid}/stat", "rb") as stat:
                 return stat.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
         except (OSError, IndexError):
             return True

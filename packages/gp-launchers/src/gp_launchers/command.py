@@ -27,29 +27,29 @@ def kernel_argv(argv: Sequence[str], options: Options, connection_file: str) -> 
     values["port_range"] = values["port_range"] or "0..0"
     values["connection_file"] = connection_file
     for name, value in values.items():
-        filled = [word.replace("{%s}" % name, value) for word in filled]
+        filled = [word.replace(f"{{{name}}}", value) for word in filled]
     return filled
 
 
-def kernel_environment(
-    environ: Mapping[str, str], additions: Mapping[str, str], kernel_id: str
-) -> dict[str, str]:
+def kernel_environment(environ: Mapping[str, str], additions: Mapping[str, str], kernel_id: str) -> dict[str, str]:
     """Return the kernel's environment.
 
     Args:
         environ: Environment of the launcher, without the secrets.
-        additions: What the server adds; `${X}` in a value is the far side's X, or another addition that is literal.
+        additions: What the server adds; `${X}` in a value is the far side's X, or another addition that is literal, and
+            `$$` is a dollar.
         kernel_id: For KERNEL_ID.
     """
-    values = dict(environ)
-    values.update((name, value) for name, value in additions.items() if "$" not in value)
-    result = dict(environ)
+    literal = {
+        name: value.replace("$$", "$") for name, value in additions.items() if "$" not in value.replace("$$", "")
+    }
+    values = {**environ, **literal}
+    result = dict(values)
     for name, value in additions.items():
-        if "$" in value:
+        if name not in literal:
             from string import Template  # imports `re`: only for those who need it
 
-            value = Template(value).safe_substitute(values)
-        result[name] = value
+            result[name] = Template(value).safe_substitute(values)
     result["KERNEL_ID"] = kernel_id
     # It is a promise to the kernel about its parent (ipykernel ends when that changes), so it is never the server's.
     result["JPY_PARENT_PID"] = str(os.getpid())

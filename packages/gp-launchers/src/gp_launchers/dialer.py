@@ -63,7 +63,7 @@ class Dialer:
         """Go on to the next address after an attempt, or a session, came to nothing."""
         self.session = None
         self._all_refused = self._all_refused and refused
-        text = "%s: %s" % (where, why)
+        text = f"{where}: {why}"
         if text != self._last_text:  # one line a day, not one every fifteen seconds
             self._log("no session with %s", text)
             self._last_text = text
@@ -109,7 +109,7 @@ class Dialer:
             self._wait()
 
     def _look_up(self, host: str, port: int) -> None:
-        late = self._loop.after(DEADLINE, lambda: found("no answer from the resolver within %g s" % DEADLINE, []))
+        late = self._loop.after(DEADLINE, lambda: found(f"no answer from the resolver within {DEADLINE:g} s", []))
         waiting = [True]
 
         def found(why: str, targets: list[tuple[int, Any]]) -> None:
@@ -137,7 +137,7 @@ class Dialer:
             answers = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
             targets = [(int(family), target) for family, _, _, _, target in answers]
         except (OSError, UnicodeError) as error:
-            why = "cannot look it up: %s" % error
+            why = f"cannot look it up: {error}"
 
         def done() -> None:
             self._lookups.pop(host, None)

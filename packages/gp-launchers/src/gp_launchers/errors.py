@@ -27,4 +27,4 @@ class StartError(Exception):
 def storage_error(what: str, path: str, error: OSError) -> StartError:
     """Return the error for a file or folder that cannot be written."""
     reason = "NoSpace" if error.errno in _NO_SPACE else "NoConnectionFile"
-    return StartError(reason, "cannot %s %s: %s" % (what, path, error.strerror or error))
+    return StartError(reason, f"cannot {what} {path}: {error.strerror or error}")

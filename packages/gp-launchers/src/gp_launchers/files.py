@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Mapping
 
+
 class KernelFolder:
     """A 0700 folder for one kernel; whoever holds its lock is alive.
 
@@ -50,7 +51,7 @@ def create_folder(option: str, kernel_id: str, environ: Mapping[str, str]) -> Ke
     base, chosen = _runtime_folder(option, environ)
     _check_base(base, chosen)
     name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in kernel_id)[:40]
-    path = os.path.join(base, "%s-%s" % (name, os.urandom(4).hex()))
+    path = os.path.join(base, f"{name}-{os.urandom(4).hex()}")
     try:
         os.mkdir(path, 0o700)
         return KernelFolder(path)
@@ -64,7 +65,7 @@ def write_private(path: str, text: str) -> None:
     Raises:
         StartError: NoSpace or NoConnectionFile.
     """
-    temporary = "%s.%s" % (path, os.urandom(4).hex())
+    temporary = f"{path}.{os.urandom(4).hex()}"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
@@ -91,7 +92,7 @@ def _runtime_folder(option: str, environ: Mapping[str, str]) -> tuple[str, bool]
     session = environ.get("XDG_RUNTIME_DIR", "")
     if session and os.path.isdir(session) and os.access(session, os.W_OK):  # after `su` it is somebody else's
         return os.path.join(session, "gp"), False
-    return os.path.join(environ.get("TMPDIR") or "/tmp", "gp-%d" % os.geteuid()), False
+    return os.path.join(environ.get("TMPDIR") or "/tmp", f"gp-{os.geteuid()}"), False
 
 
 def _check_base(base: str, chosen: bool) -> None:
@@ -99,25 +100,25 @@ def _check_base(base: str, chosen: bool) -> None:
         os.makedirs(base, 0o700, exist_ok=True)
         found = os.lstat(base) if not chosen else os.stat(base)
     except FileExistsError:
-        raise StartError("NoConnectionFile", "%s is not a folder" % base) from None
+        raise StartError("NoConnectionFile", f"{base} is not a folder") from None
     except OSError as error:
         raise storage_error("make the folder", base, error) from None
     mine = found.st_uid == os.geteuid()
     advice = "choose another one with --runtime-dir or GP_RUNTIME_DIR"
     if not stat.S_ISDIR(found.st_mode):
-        raise StartError("NoConnectionFile", "%s is not a folder: %s" % (base, advice))
+        raise StartError("NoConnectionFile", f"{base} is not a folder: {advice}")
     if not mine and not (chosen and found.st_uid == 0):
-        raise StartError("NoConnectionFile", "%s belongs to user %d: %s" % (base, found.st_uid, advice))
+        raise StartError("NoConnectionFile", f"{base} belongs to user {found.st_uid}: {advice}")
     if chosen:
-        # It may be shared (as /tmp is): the kernel's own folder in it is 0700. But nobody may be able to rename that.
+        # It may be shared, as /tmp is: the kernel's own folder in it is 0700. But nobody may rename that.
         if found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
-            raise StartError("NoConnectionFile", "others may write to %s: %s" % (base, advice))
+            raise StartError("NoConnectionFile", f"others may write to {base}: {advice}")
     elif found.st_mode & 0o077:
         os.chmod(base, 0o700)
 
 
 def lock(descriptor: int) -> bool:
-    """Lock a folder and say whether that worked; a file system without locks says no, so its folders are never swept."""
+    """Lock a folder and say whether that worked; where there are no locks, nothing is ever swept."""
     try:
         import fcntl
 

@@ -69,7 +69,7 @@ class Launch:
         try:
             return process.start(argv, env, kernel_folder(self.cwd, env, self.log))
         except OSError as error:
-            raise StartError("CommandNotFound", "cannot start a process: %s" % error.strerror) from None
+            raise StartError("CommandNotFound", f"cannot start a process: {error.strerror}") from None
 
     def write_connection_file(self, path: str) -> Ports:
         """Choose the ports, unless that is done, and write the connection file.

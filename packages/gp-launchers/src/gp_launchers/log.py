@@ -32,7 +32,7 @@ class Log:
         """Write one line; ``args`` are filled in as `%` does."""
         line = (text % args if args else text).rstrip("\n")
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        self.copy(("%s gp-launcher %s: %s\n" % (stamp, self._kernel_id, line)).encode("utf-8", "backslashreplace"))
+        self.copy((f"{stamp} gp-launcher {self._kernel_id}: {line}\n").encode("utf-8", "backslashreplace"))
 
     def copy(self, data: bytes) -> None:
         """Write bytes as they are."""

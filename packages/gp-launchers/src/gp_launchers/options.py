@@ -18,8 +18,8 @@ Its token and the kernel's connection come as JSON in the environment variable G
   --port-range LOW..HIGH    ports of the kernel; 0..0 (default): any
   --secrets-file PATH       instead of GP_LAUNCH_SECRETS; `-` is standard input; a file is deleted once read
   --cwd DIR                 folder of the kernel, if it exists here, else the home folder
-  --orphan-timeout S        seconds without a server until kernel and launcher end (default 600; the server may change it)
-  --runtime-dir DIR         where the connection file goes (default: $GP_RUNTIME_DIR, $XDG_RUNTIME_DIR/gp, $TMPDIR/gp-UID)
+  --orphan-timeout S        seconds without a server until all ends (default 600; the server may change it)
+  --runtime-dir DIR         for the connection file (default: $GP_RUNTIME_DIR, $XDG_RUNTIME_DIR/gp, $TMPDIR/gp-UID)
   --log-file PATH           instead of standard error
   --spark-context-initialization-mode none|lazy|eager   define spark and sc in a Python kernel
   --kernel-class-name NAME  class of an ipykernel
@@ -85,10 +85,10 @@ def parse(argv: list[str]) -> Options:
         name, equals, value = word.partition("=")
         option = name[2:].replace("_", "-") if name.startswith("--") else ""
         if option not in _READERS:
-            raise UsageError("unknown option %s; see --help" % (name if name.startswith("-") else repr(name)))
+            raise UsageError(f"unknown option {name!r}; see --help")
         if not equals:
             if position == len(argv):
-                raise UsageError("--%s needs a value" % option)
+                raise UsageError(f"--{option} needs a value")
             value = argv[position]
             position += 1
         attribute = option.replace("-", "_")
@@ -97,7 +97,7 @@ def parse(argv: list[str]) -> Options:
             try:
                 setattr(options, attribute, _READERS[option](value))
             except ValueError as error:
-                raise UsageError("--%s: %s" % (option, error)) from None
+                raise UsageError(f"--{option}: {error}") from None
     _check(options)
     return options
 
@@ -107,7 +107,7 @@ def _check(options: Options) -> None:
         raise UsageError("--kernel-id: it holds characters that cannot be printed")
     for option in ("kernel-id", "response-address", "public-key"):
         if not getattr(options, option.replace("-", "_")):
-            raise UsageError("--%s is missing; see --help" % option)
+            raise UsageError(f"--{option} is missing; see --help")
     if bool(options.attach) != bool(options.connection_file):
         raise UsageError("--attach and --connection-file belong together")
     if options.attach and options.argv:
@@ -122,10 +122,10 @@ def port_range(text: str) -> tuple[int, int]:
     """
     low_text, dots, high_text = text.strip().partition("..")
     if not (dots and low_text.isascii() and low_text.isdigit() and high_text.isascii() and high_text.isdigit()):
-        raise ValueError("%r is not a port range such as 40000..41000" % text)
+        raise ValueError(f"{text!r} is not a port range such as 40000..41000")
     low, high = int(low_text), int(high_text)
     if (low, high) != (0, 0) and not 1 <= low <= high <= 65535:
-        raise ValueError("%r is not a range inside 1..65535" % text)
+        raise ValueError(f"{text!r} is not a range inside 1..65535")
     return low, high
 
 
@@ -141,9 +141,9 @@ def addresses(text: str) -> list[tuple[str, int]]:
         if host.startswith("[") and host.endswith("]"):
             host = host[1:-1]
         elif ":" in host:
-            raise ValueError("%r: an IPv6 address needs brackets, as in [fd00::1]:8877" % part)
+            raise ValueError(f"{part!r}: an IPv6 address needs brackets, as in [fd00::1]:8877")
         if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-            raise ValueError("%r is not host:port" % part)
+            raise ValueError(f"{part!r} is not host:port")
         found.append((host, int(port)))
     return found
 
@@ -152,7 +152,7 @@ def _pins(text: str) -> list[str]:
     pins = [pin.strip().lower() for pin in text.split(",") if pin.strip()]
     for pin in pins:
         if len(pin) != 64 or pin.strip("0123456789abcdef"):
-            raise ValueError("a pin is the SHA-256 of the server's certificate: 64 hexadecimal digits, not %d" % len(pin))
+            raise ValueError(f"a pin is the SHA-256 of the server's certificate: 64 hexadecimal digits, not {len(pin)}")
     return pins
 
 
@@ -162,19 +162,19 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < 1e9:
-        raise ValueError("%r is not a number of seconds" % text)
+        raise ValueError(f"{text!r} is not a number of seconds")
     return seconds
 
 
 def _pid(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 1):
-        raise ValueError("%r is not a process id" % text)
+        raise ValueError(f"{text!r} is not a process id")
     return int(text)
 
 
 def _mode(text: str) -> str:
     if text not in ("none", "lazy", "eager"):
-        raise ValueError("%r is not one of none, lazy, eager" % text)
+        raise ValueError(f"{text!r} is not one of none, lazy, eager")
     return text
 
 

@@ -76,7 +76,7 @@ class Ports:
             while candidates and not self._take(name, _draw(candidates), False):
                 pass
             if name not in self.numbers:
-                raise StartError("NoPort", "no free port left in %d..%d on %s" % (port_range[0], port_range[1], self.ip))
+                raise StartError("NoPort", f"no free port left in {port_range[0]}..{port_range[1]} on {self.ip}")
         self._keep_or_release()
 
     def _take(self, name: str, number: int, shared: bool) -> bool:
@@ -85,7 +85,7 @@ class Ports:
         except OSError as error:
             if number and error.errno in _TAKEN:
                 return False
-            raise StartError("NoPort", "cannot bind on %s: %s" % (self.ip, error.strerror or error)) from None
+            raise StartError("NoPort", f"cannot bind on {self.ip}: {error.strerror or error}") from None
         self._held.append(held)
         self.numbers[name] = held.getsockname()[1]
         return True
@@ -130,15 +130,15 @@ class Ports:
             while not choice or choice in self.numbers.values() or not path_is_free(self.path(choice)):
                 number += 1
                 if number > 1000:
-                    raise StartError("NoPort", "no free socket path %s-N" % self.ip)
+                    raise StartError("NoPort", f"no free socket path {self.ip}-N")
                 choice = number
             self.numbers[name] = choice
 
     def path(self, number: int) -> str:
         """Return the socket path that a number stands for."""
-        path = "%s-%d" % (self.ip, number)
+        path = f"{self.ip}-{number}"
         if len(os.fsencode(path)) > _PATH_MAX:
-            raise StartError("NoPort", "the socket path %s has more than %d bytes" % (path, _PATH_MAX))
+            raise StartError("NoPort", f"the socket path {path} has more than {_PATH_MAX} bytes")
         return path
 
     def family(self) -> int:

@@ -6,6 +6,7 @@ import errno
 import os
 import select
 import socket
+import stat
 
 from .errors import StartError
 
@@ -31,17 +32,19 @@ def accepts(ports: Ports, name: str) -> bool:
 
 
 def path_is_free(path: str) -> bool:
-    """Say whether a socket path can be bound; unlinks one that nobody listens on."""
+    """Say whether a socket path can be bound; unlinks a socket on which nobody listens."""
     try:
         return not _connects(socket.AF_UNIX, path)
     except FileNotFoundError:
         if os.path.isdir(os.path.dirname(path) or "."):
             return True
-        raise StartError("NoPort", "the folder of the socket path %s does not exist" % path) from None
+        raise StartError("NoPort", f"the folder of the socket path {path} does not exist") from None
     except OSError as error:
         if error.errno != errno.ECONNREFUSED:
             return False
     try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return False
         os.unlink(path)
         return True
     except OSError:

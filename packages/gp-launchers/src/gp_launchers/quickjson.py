@@ -17,7 +17,7 @@ class _Context:
     parse_float = float
     parse_int = int
     parse_constant = float
-    memo: dict[str, str] = {}
+    memo = None
 
 
 def loads(text: str) -> Any:
@@ -45,7 +45,7 @@ def loads(text: str) -> Any:
 
 def dump_flat(values: dict[str, Any]) -> str:
     """Return the JSON text of an object, one line per key."""
-    return "{\n%s\n}\n" % ",\n".join("  %s: %s" % (_dump(key), _dump(values[key])) for key in values)
+    return "{{\n{}\n}}\n".format(",\n".join(f"  {_dump(key)}: {_dump(values[key])}" for key in values))
 
 
 def _dump(value: Any) -> str:

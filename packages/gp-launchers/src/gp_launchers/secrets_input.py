@@ -46,16 +46,16 @@ def read_secrets(path: str) -> Secrets:
     else:
         source = VARIABLE
         if not text:
-            raise SecretsError("no launch secrets: neither %s nor --secrets-file is given" % VARIABLE)
+            raise SecretsError(f"no launch secrets: neither {VARIABLE} nor --secrets-file is given")
     try:
         document = loads(text)
     except ValueError:
         # The parser's own text quotes what it read.
-        raise SecretsError("the launch secrets in %s are not JSON" % source) from None
+        raise SecretsError(f"the launch secrets in {source} are not JSON") from None
     if not isinstance(document, dict) or not isinstance(document.get("token"), str) or not document["token"]:
-        raise SecretsError("the launch secrets in %s have no token" % source)
+        raise SecretsError(f"the launch secrets in {source} have no token")
     if not isinstance(document.get("connection") or {}, dict) or not environment_is_valid(document.get("env") or {}):
-        raise SecretsError("the launch secrets in %s are malformed" % source)
+        raise SecretsError(f"the launch secrets in {source} are malformed")
     return Secrets(document)
 
 
@@ -85,7 +85,7 @@ def _read_file(path: str) -> str:
         return b"".join(parts).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise SecretsError("cannot read the launch secrets from %s: %s" % (path, reason)) from None
+        raise SecretsError(f"cannot read the launch secrets from {path}: {reason}") from None
 
 
 def _delete(path: str) -> None:

@@ -42,7 +42,7 @@ def make_context() -> ssl.SSLContext:
         TlsUnsupported: This Python has no TLS 1.3.
     """
     if not getattr(ssl, "HAS_TLSv1_3", False):
-        raise TlsUnsupported("this Python has %s, which has no TLS 1.3" % ssl.OPENSSL_VERSION)
+        raise TlsUnsupported(f"this Python has {ssl.OPENSSL_VERSION}, which has no TLS 1.3")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False
@@ -71,7 +71,7 @@ class Session:
         hello: dict[str, Any],
         listener: Listener,
     ) -> None:
-        self.name = "%s port %s" % address[1][:2]
+        self.name = "{} port {}".format(*address[1][:2])
         self.accepted = False
         self.last_received = time.monotonic()
         self._loop = loop
@@ -92,7 +92,7 @@ class Session:
     def open(self) -> None:
         """Start to connect."""
         family, target = self._address
-        self._deadline = self._loop.after(DEADLINE, lambda: self.close("no connection within %g s" % DEADLINE))
+        self._deadline = self._loop.after(DEADLINE, lambda: self.close(f"no connection within {DEADLINE:g} s"))
         try:
             self._socket = socket.socket(family, socket.SOCK_STREAM)
             self._socket.setblocking(False)
@@ -185,7 +185,7 @@ class Session:
         try:
             self._tls = self._context.wrap_socket(self._socket, do_handshake_on_connect=False)
         except (OSError, ValueError) as error:
-            self.close("TLS: %s" % error)
+            self.close(f"TLS: {error}")
             return
         self._socket = self._tls  # the plain object gave its descriptor away
         self._shake(0)
@@ -201,14 +201,14 @@ class Session:
             self._loop.watch(self._tls.fileno(), WRITE, self._shake)
             return
         except (OSError, ValueError) as error:
-            self.close("TLS handshake: %s" % error)
+            self.close(f"TLS handshake: {error}")
             return
         pin = hashlib.sha256(self._tls.getpeercert(True) or b"").hexdigest()
         if pin not in self._pins:
-            self.close("the certificate there has the pin %s, not ours: another server" % pin, refused=True)
+            self.close(f"the certificate there has the pin {pin}, not ours: another server", refused=True)
             return
         self._loop.cancel(self._deadline)
-        self._deadline = self._loop.after(DEADLINE, lambda: self.close("no answer to hello within %g s" % DEADLINE))
+        self._deadline = self._loop.after(DEADLINE, lambda: self.close(f"no answer to hello within {DEADLINE:g} s"))
         self._loop.watch(self._tls.fileno(), READ, self._ready)
         self.send(self._hello)
 
@@ -227,7 +227,7 @@ class Session:
             except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 return
             except (OSError, ValueError) as error:
-                self.close("lost: %s" % error)
+                self.close(f"lost: {error}")
                 return
             if not data:
                 self.close("closed by the server")
@@ -238,7 +238,7 @@ class Session:
                     if self._socket is not None:
                         self._listener.on_frame(self, *frame)
             except wire.WireError as error:
-                self.close("not protocol 2: %s" % error)
+                self.close(f"not protocol 2: {error}")
                 return
         if self._tls is not None and self._tls.pending():
             self._loop.after(0, self._read)  # what TLS holds already does not make the socket readable
@@ -253,7 +253,7 @@ class Session:
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
             pass
         except (OSError, ValueError) as error:
-            self.close("lost: %s" % error)
+            self.close(f"lost: {error}")
             return
         self._loop.watch(tls.fileno(), READ | WRITE if self._out else READ, self._ready)
 
@@ -261,7 +261,7 @@ class Session:
         silence = time.monotonic() - self.last_received
         every = self._ping_every
         if silence >= 2.5 * every - 0.001:
-            self.close("the server has been silent for %.0f s" % silence)
+            self.close(f"the server has been silent for {silence:.0f} s")
             return
         if silence < every - 0.001:
             self._ping = self._loop.after(every - silence, self._keep_alive)

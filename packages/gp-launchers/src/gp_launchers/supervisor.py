@@ -9,8 +9,8 @@ import socket
 import time
 
 from . import __version__, wire
-from .dialer import Dialer
 from .attached import Attached
+from .dialer import Dialer
 from .kernel import Kernel
 from .loop import READ, Loop
 from .secrets_input import environment_is_valid
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .loop import Timer
     from .options import Options
     from .process import Child
-
 
 
 FIRST_ACCEPTANCE = 120.0  # seconds until some server must have taken us
@@ -261,6 +260,7 @@ class Supervisor:
             "pid": os.getpid(),
             "capabilities": ["restart", "signal"] if self._kernel.can_restart else ["signal"],
             "run": self._kernel.run,
+            "ports": self._kernel.launch.ports.numbers if self._kernel.launch.ports is not None else None,
         }
         return Session(self._loop, self._context, address, self._options.public_key, hello, self)
 
@@ -287,7 +287,9 @@ class Supervisor:
                 }
             )
         elif kernel.listened and kernel.launch.ports is not None:
-            self._send({"type": "listening", "run": kernel.run, "pid": kernel.pid, "ports": kernel.launch.ports.numbers})
+            self._send(
+                {"type": "listening", "run": kernel.run, "pid": kernel.pid, "ports": kernel.launch.ports.numbers}
+            )
 
     def on_frame(self, session: Session, kind: int, stream: int, payload: bytes) -> None:
         """Take a frame; those of types that are not known yet are ignored."""
@@ -336,7 +338,7 @@ class Supervisor:
     def _on_refused(self, message: Message) -> None:
         session = self._dialer.session
         assert session is not None
-        text = "refused: %s" % (message.get("text") or message.get("reason"))
+        text = f"refused: {message.get('text') or message.get('reason')}"
         if message.get("final") is True:
             self._log("%s, for good: kernel and launcher end", text)
             self._stop(GRACE, REFUSED)

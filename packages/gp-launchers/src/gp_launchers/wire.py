@@ -5,8 +5,14 @@ with a ``type``; all other types belong to the kernel's channels. Whoever meets 
 that it does not know ignores it, so that a newer end can talk to an older one.
 """
 
+from __future__ import annotations
+
 import json
 import struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 VERSION = 2
 HEADER = struct.Struct("!BII")
@@ -19,12 +25,12 @@ class WireError(Exception):
     """The other end sent something that is not protocol 2."""
 
 
-def pack(kind, stream, payload):
+def pack(kind: int, stream: int, payload: bytes) -> bytes:
     """Return one frame as bytes."""
     return HEADER.pack(kind, stream, len(payload)) + payload
 
 
-def pack_message(message):
+def pack_message(message: dict[str, Any]) -> bytes:
     """Return the frame of one message.
 
     Args:
@@ -35,11 +41,13 @@ def pack_message(message):
     """
     payload = json.dumps(message, separators=(",", ":")).encode()
     if len(payload) > MAX_FRAME:
-        raise WireError("message %s has %d bytes; at most %d are allowed" % (message.get("type"), len(payload), MAX_FRAME))
+        raise WireError(
+            "message %s has %d bytes; at most %d are allowed" % (message.get("type"), len(payload), MAX_FRAME)
+        )
     return pack(MESSAGE, 0, payload)
 
 
-def unpack_message(payload):
+def unpack_message(payload: bytes) -> dict[str, Any]:
     """Return the message of a frame.
 
     Args:
@@ -64,11 +72,11 @@ class Decoder:
         limit: Largest payload in bytes; may be raised later.
     """
 
-    def __init__(self, limit=MAX_FRAME):
+    def __init__(self, limit: int = MAX_FRAME) -> None:
         self.limit = limit
         self._buffer = bytearray()
 
-    def feed(self, data):
+    def feed(self, data: bytes) -> list[tuple[int, int, bytes]]:
         """Take bytes and return the list of complete frames as ``(type, stream, payload)``.
 
         Raises:

@@ -30,7 +30,8 @@ KERNEL = textwrap.dedent(
     if out:
         with open(out + ".tmp", "w") as f:
             json.dump({"env": dict(os.environ), "argv": sys.argv, "info": info, "path": path, "pid": os.getpid(),
-                       "mode": os.stat(path).st_mode & 0o777, "folder_mode": os.stat(os.path.dirname(path)).st_mode & 0o777,
+                       "mode": os.stat(path).st_mode & 0o777,
+                       "folder_mode": os.stat(os.path.dirname(path)).st_mode & 0o777,
                        "cwd": os.getcwd(), "fds": sorted(os.listdir("/proc/self/fd")), "pgid": os.getpgid(0),
                        "status": open("/proc/self/status").read()}, f)
         os.replace(out + ".tmp", out)
@@ -86,7 +87,7 @@ def make_certificate(folder: Path) -> tuple[Path, str]:
 
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    start = datetime.datetime(2020, 1, 1)
+    start = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -99,9 +100,7 @@ def make_certificate(folder: Path) -> tuple[Path, str]:
     )
     path = folder / "server.pem"
     path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
         + certificate.public_bytes(serialization.Encoding.PEM)
     )
     return path, hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest()
@@ -153,7 +152,7 @@ class Connection:
         message = self.messages.get(timeout=timeout)
         while message is not None and message["type"] in ("ping", "pong") and kind not in ("ping", "pong"):
             message = self.messages.get(timeout=timeout)
-        assert message is not None, "closed, but %s was expected" % kind
+        assert message is not None, f"closed, but {kind} was expected"
         assert message["type"] == kind, message
         return message
 
@@ -207,7 +206,7 @@ class Server:
 
     @property
     def address(self) -> str:
-        return "127.0.0.1:%d" % self.port
+        return f"127.0.0.1:{self.port}"
 
     def next(self, timeout: float = 10) -> Connection:
         """Return the next connection."""
@@ -272,7 +271,7 @@ def eventually(condition, timeout: float = 10, why=lambda: "") -> None:
 def alive(pid: int) -> bool:
     """Say whether a process exists and is no zombie."""
     try:
-        with open("/proc/%d/stat" % pid) as stat:
+        with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
@@ -323,15 +322,19 @@ class Launcher:
         **popen: object,
     ) -> Launch:
         number = len(self.launches)
-        out = self.folder / ("out-%d" % number)
-        log = self.folder / ("log-%d" % number)
+        out = self.folder / f"out-{number}"
+        log = self.folder / f"log-{number}"
         document = {"token": TOKEN, "connection": {**CONNECTION, **(connection or {})}}
         document["env"] = {"KERNEL_OUT": str(out), **(env or {})}
         environment = {**os.environ, "PYTHONPATH": str(SOURCES), **(environ or {})}
         environment["GP_LAUNCH_SECRETS"] = json.dumps(document if secrets is ... else secrets)
         with open(log, "wb") as stderr:
             process = subprocess.Popen(
-                command or self.command(mode, options), env=environment, stderr=stderr, stdin=subprocess.DEVNULL, **popen
+                command or self.command(mode, options),
+                env=environment,
+                stderr=stderr,
+                stdin=subprocess.DEVNULL,
+                **popen,
             )
         launch = Launch(process, log, out, self.runtime)
         self.launches.append(launch)
