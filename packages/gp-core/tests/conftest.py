@@ -27,6 +27,7 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     monkeypatch.setenv("GP_DATA_DIR", str(tmp_path / "gp"))
     monkeypatch.setenv("GP_RESPONSE_PORT", "0")
     monkeypatch.setattr(server, "_server", None)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [])  # whatever else is installed
     plugins.plugins.cache_clear()
     yield tmp_path / "gp"
     if server._server is not None:

@@ -303,12 +303,20 @@ class Launcher:
         self.runtime = folder / "run"
         self.launches: list[Launch] = []
 
-    def command(self, mode: tuple | None = (), options: tuple = (), python: tuple = (sys.executable,)) -> list[str]:
-        command = [*python, "-m", "gp_launchers", "--kernel-id", "kernel-1", "--response-address", self.server.address]
-        command += ["--public-key", self.server.pin, "--runtime-dir", str(self.runtime), *options]
+    def command(self, mode: tuple | None = (), options: tuple = (), start: tuple | None = None) -> list[str]:
+        """Return the command line of a launcher for the test kernel in a mode; None: without `--`."""
+        command = [*(start or (sys.executable, "-m", "gp_launchers")), "--kernel-id", "kernel-1"]
+        command += ["--response-address", self.server.address, "--public-key", self.server.pin]
+        command += ["--runtime-dir", str(self.runtime), *options]
         if mode is not None:
             command += ["--", sys.executable, "-I", "-S", str(self.script), "{connection_file}", *mode]
         return command
+
+    def tuned(self, *settings: str) -> tuple[str, ...]:
+        """Return how to run a launcher with other constants, such as `supervisor.GRACE = 0.2`."""
+        lines = ["import sys", "from gp_launchers import dialer, session, supervisor", *settings]
+        lines += ["from gp_launchers.__main__ import main", "sys.exit(main())"]
+        return (sys.executable, "-c", "\n".join(lines))
 
     def __call__(
         self,
@@ -318,6 +326,7 @@ class Launcher:
         env: dict | None = None,
         environ: dict | None = None,
         secrets: object = ...,
+        tuned: tuple = (),
         command: list[str] | None = None,
         **popen: object,
     ) -> Launch:
@@ -330,7 +339,7 @@ class Launcher:
         environment["GP_LAUNCH_SECRETS"] = json.dumps(document if secrets is ... else secrets)
         with open(log, "wb") as stderr:
             process = subprocess.Popen(
-                command or self.command(mode, options),
+                command or self.command(mode, options, self.tuned(*tuned) if tuned else None),
                 env=environment,
                 stderr=stderr,
                 stdin=subprocess.DEVNULL,

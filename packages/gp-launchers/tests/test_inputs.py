@@ -12,17 +12,19 @@ from gp_launchers.command import kernel_argv, kernel_environment, kernel_folder
 from gp_launchers.options import parse
 from gp_launchers.quickjson import dump_flat, loads
 from gp_launchers.secrets_input import SecretsError, read_secrets
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from launcher_kit import SOURCES, TOKEN
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=6,
 )
 OPTIONS = ["--kernel-id", "k1", "--response-address", "gw:8877", "--public-key", "ab" * 32]
 
 
+@settings(max_examples=50)
 @given(JSON)
 def test_quick_json_reads_what_json_writes(value):
     assert loads(json.dumps(value)) == value
@@ -40,7 +42,8 @@ def test_quick_json_agrees_with_json_on_any_text(text):
         assert repr(loads(text)) == repr(expected)
 
 
-@given(st.dictionaries(st.text(), JSON))
+@settings(max_examples=50)
+@given(st.dictionaries(st.text(), JSON, max_size=5))
 def test_flat_json_is_json(values):
     assert json.loads(dump_flat(values)) == values
 

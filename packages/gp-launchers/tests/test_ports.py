@@ -32,10 +32,14 @@ def choose(tmp_path):
 
 def listener(port, ip="127.0.0.1", reuse=True):
     bound = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
-    if reuse:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    bound.bind((ip, port))
-    bound.listen()
+    try:
+        if reuse:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((ip, port))
+        bound.listen()
+    except OSError:
+        bound.close()
+        raise
     return bound
 
 

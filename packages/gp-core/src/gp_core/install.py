@@ -1,4 +1,4 @@
-"""Make kernelspecs: the stanza added to a copy of an existing one, or a plugin's template filled in."""
+"""Kernelspecs as files: those that are there, plugins' templates, and a new one put in its place."""
 
 from __future__ import annotations
 
@@ -21,16 +21,11 @@ from .errors import ConfigError
 
 if TYPE_CHECKING:
     from jupyter_client.kernelspec import KernelSpecManager
-    from traitlets import TraitType
 
     from .backend import Backend
-    from .policies import Policy
     from .provisioner import RemoteProvisioner
 
 PROVISIONERS = "jupyter_client.kernel_provisioners"
-PYTHON = re.compile(r"python[0-9.]*")
-PLAIN_IPYKERNEL = ("-m", "ipykernel_launcher", "-f", "{connection_file}")
-DEFAULT_KERNEL_CLASS = "ipykernel.ipkernel.IPythonKernel"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +69,7 @@ def provisioner_entries() -> list[EntryPoint]:
 
 
 def offers() -> dict[str, Offer]:
-    """Return the installed provisioners that have a backend of ours, by name; one that cannot be imported is left out."""
+    """Return the installed provisioners that have a backend of ours, by name; one that is broken is left out."""
     from .plugins import plugins
     from .provisioner import RemoteProvisioner
 
@@ -103,7 +98,7 @@ def offer(name: str) -> Offer:
     if of_backend:
         raise ConfigError(f"backend {name} has several provisioners: say {_either(made.name for made in of_backend)}")
     every = sorted({*known, *(made.backend.name for made in known.values())})
-    raise ConfigError(f"no backend or provisioner {name!r} is installed{_near(name, every)}")
+    raise ConfigError(f"no backend or provisioner {name!r} is installed{near(name, every)}")
 
 
 @dataclass(frozen=True)
@@ -122,7 +117,7 @@ class Kernelspec:
 
     @property
     def argv(self) -> list[str]:
-        return [str(part) for part in self.spec.get("argv") or ()]
+        return [str(part) for part in self.spec["argv"]]
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -163,16 +158,17 @@ def read_kernelspec(manager: KernelSpecManager, name: str) -> Kernelspec:
     else:
         folders = manager.find_kernel_specs()
         if name.lower() not in folders:
-            raise ConfigError(f"no kernelspec {name!r}{_near(name, sorted(folders))}")
+            raise ConfigError(f"no kernelspec {name!r}{near(name, sorted(folders))}")
         folder = Path(folders[name.lower()])
     path = folder / "kernel.json"
+    spec: Any
     try:
         if os.sep not in name and not path.exists():  # the one that ipykernel brings along has no file
             spec = manager.get_kernel_spec(name).to_dict()
         else:
             spec = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path} cannot be read: {reason}") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("argv"), list) or not spec["argv"]:
         raise ConfigError(f"{path} is no kernelspec: it has no argv")
@@ -189,11 +185,11 @@ def template(name: str, provisioner: str) -> Kernelspec:
 
     fitting = {made.name: made for made in plugins().spec_templates() if made.provisioner == provisioner}
     if name not in fitting:
-        raise ConfigError(f"{provisioner} has no template {name!r}{_near(name, sorted(fitting))}")
+        raise ConfigError(f"{provisioner} has no template {name!r}{near(name, sorted(fitting))}")
     return Kernelspec(name, None, fitting[name].spec)
 
 
-# -- making a variant
+# -- installing
 
 
 @dataclass(frozen=True)
@@ -209,187 +205,6 @@ class Variant:
     spec: dict[str, Any]
     folder: Path | None
     notes: list[str]
-
-
-def variant(
-    source: Kernelspec,
-    target: Offer,
-    operator: Policy,
-    *,
-    settings: Sequence[str] = (),
-    python: str | None = None,
-    display_name: str | None = None,
-    parameters: Mapping[str, Any] | None = None,
-) -> Variant:
-    """Make a kernelspec whose kernels are started by a backend, from one that starts them locally or elsewhere.
-
-    Args:
-        source: Is not changed.
-        target: Provisioner that the new one names.
-        operator: Policy that the new one may narrow.
-        settings: ``key=value`` for its ``config``.
-        python: New ``argv[0]`` of a Python kernel.
-        display_name: Default: the source's with the backend's name.
-        parameters: JSON schema of what clients may choose.
-
-    Raises:
-        ConfigError: It could not work; the text says what to do.
-    """
-    from .options import WITHOUT_EFFECT, choose
-    from .parameters import from_schema
-
-    notes: list[str] = []
-    config = _kept_config(source, target, notes) | options_from(settings, target.backend)
-    for key in config.keys() & WITHOUT_EFFECT:
-        notes.append(f"{key} has no effect and is left out: {WITHOUT_EFFECT[key]}")
-        del config[key]
-    choose(config, target.backend, operator)
-    argv = _converted(source, notes) if source.old_launcher and config.get("launcher_protocol") != 1 else source.argv
-    by_script = config.get("submit", "script" if "response_address" in placeholders(argv) else "api") == "script"
-    here = target.backend.runs_here or by_script
-    argv = _far_argv(argv, here=here, python=python, notes=notes)
-    env = {str(key): str(value) for key, value in (source.spec.get("env") or {}).items()}
-    if not here:
-        _check_files(source, [*argv, *env.values()], target.backend.name)
-        notes += [
-            f"{part} is a path of this machine: it must exist on the far side too" for part in _paths(argv[1:], env)
-        ]
-    metadata = source.metadata
-    metadata["kernel_provisioner"] = {"provisioner_name": target.name, "config": config}
-    if parameters is not None:
-        metadata["parameters"] = dict(parameters)
-    from_schema(metadata.get("parameters") or {})
-    shown = display_name or _display_name(source, target.backend.name)
-    return Variant({**source.spec, "argv": argv, "display_name": shown, "metadata": metadata}, source.folder, notes)
-
-
-def options_from(settings: Iterable[str], backend: type[Backend]) -> dict[str, Any]:
-    """Read ``key=value`` texts; a value gets the type of its option, a list is separated by commas.
-
-    Raises:
-        ConfigError: No ``=``, or the value is not accepted. An unknown key is kept, because `options.choose` names it best.
-    """
-    from .options import POLICY, ProvisionerOptions, checked, launch_options
-
-    known = launch_options(backend)
-    known |= {name: trait for name, trait in ProvisionerOptions.class_traits(config=True).items() if name in POLICY}
-    chosen: dict[str, Any] = {}
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator:
-            raise ConfigError(f"--set {setting}: say key=value")
-        key = key.strip()
-        chosen[key] = checked(key, _typed(known[key], text), known[key]) if key in known else text
-    return chosen
-
-
-def _typed(trait: TraitType[Any, Any], text: str) -> Any:
-    from traitlets import Container, Dict
-
-    if isinstance(trait, (Container, Dict)) and text.strip()[:1] in ("[", "{"):
-        with contextlib.suppress(ValueError):
-            return json.loads(text)
-    if isinstance(trait, Container):
-        return [part.strip() for part in text.split(",") if part.strip()]
-    return text
-
-
-def _kept_config(source: Kernelspec, target: Offer, notes: list[str]) -> dict[str, Any]:
-    if source.provisioner in (None, target.name):
-        return source.config
-    notes.append(f"the stanza of {source.provisioner} is replaced, and its config is not kept")
-    return {}
-
-
-def _display_name(source: Kernelspec, backend: str) -> str:
-    plain = re.sub(r"\s*\(ipykernel\)$", "", str(source.spec.get("display_name") or source.name))
-    return f"{plain} ({backend})"
-
-
-def _converted(source: Kernelspec, notes: list[str]) -> list[str]:
-    """Return a plain ipykernel command for one in the peer's style, which starts its launch_ipykernel.py."""
-    argv = source.argv
-    advice = (
-        "take another kernelspec, such as python3, or edit argv so that it is what it would be locally; "
-        "or keep the old launcher by --set launcher_protocol=1, if the operator allows it"
-    )
-    names = [os.path.basename(part) for part in argv[:2]]
-    if len(names) < 2 or not PYTHON.fullmatch(names[0]) or names[1] != "launch_ipykernel.py":
-        raise ConfigError(
-            f"kernelspec {source.name} starts a launcher of an older kind in a way that is not known: {advice}"
-        )
-    extra: list[str] = []
-    for key, value in _peer_options(argv[2:]):
-        if key == "kernel-class-name" and value != DEFAULT_KERNEL_CLASS:
-            extra.append(f"--IPKernelApp.kernel_class={value}")
-        elif key == "spark-context-initialization-mode" and value not in ("none", ""):
-            raise ConfigError(
-                f"kernelspec {source.name} has its launcher make a Spark context ({key} {value}): {advice}"
-            )
-        elif key not in PEER_OPTIONS:
-            raise ConfigError(f"kernelspec {source.name} gives its launcher the unknown option --{key}: {advice}")
-    notes.append(
-        f"the old launcher in argv ({names[1]}) is replaced by plain ipykernel: gp brings its own launcher along"
-    )
-    return [argv[0], *PLAIN_IPYKERNEL, *extra]
-
-
-PEER_OPTIONS = frozenset(
-    {
-        "kernel-id",
-        "port-range",
-        "response-address",
-        "public-key",
-        "kernel-class-name",
-        "spark-context-initialization-mode",
-    }
-)
-"""Options of the peer's launch_ipykernel.py that gp replaces or translates."""
-
-
-def _peer_options(parts: Sequence[str]) -> Iterable[tuple[str, str]]:
-    waiting = iter(parts)
-    for part in waiting:
-        key, separator, value = part.partition("=")
-        # Enterprise Gateway wrote --RemoteProcessProxy.kernel-id
-        yield key.lstrip("-").removeprefix("RemoteProcessProxy."), value if separator else next(waiting, "")
-
-
-def _far_argv(argv: Sequence[str], *, here: bool, python: str | None, notes: list[str]) -> list[str]:
-    first, rest = argv[0], argv[1:]
-    command = os.path.basename(first)
-    is_python = PYTHON.fullmatch(command) is not None
-    if python is not None:
-        if not is_python:
-            raise ConfigError(f"--python: the kernelspec starts {command}, which is no Python")
-        return [python, *rest]
-    if here or not (os.path.isabs(first) or first == "python"):
-        return list(argv)
-    there = "python3" if is_python else command
-    notes.append(
-        f"{first} becomes {there}, which must be on the far side's PATH" + (" (see --python)" if is_python else "")
-    )
-    return [there, *rest]
-
-
-def _check_files(source: Kernelspec, parts: Iterable[str], backend: str) -> None:
-    own = [re.sub(r".*\{resource_dir\}/?", "", part) or "all" for part in parts if "{resource_dir}" in part]
-    if own:
-        raise ConfigError(
-            f"kernelspec {source.name} uses files of its own folder ({', '.join(own)}), which {backend} cannot bring "
-            "to the far side: put them there and write their path there instead of {resource_dir}"
-        )
-    if any("{prefix}" in part for part in parts):
-        raise ConfigError(
-            f"kernelspec {source.name} has {{prefix}}, the folder of this machine's Python: write a path of the far side"
-        )
-
-
-def _paths(argv: Iterable[str], env: Mapping[str, str]) -> list[str]:
-    return [part for part in [*argv, *env.values()] if os.path.isabs(part) and os.path.exists(part)]
-
-
-# -- installing
 
 
 def place(
@@ -437,9 +252,10 @@ def _either(names: Iterable[str]) -> str:
     return " or ".join(sorted(names))
 
 
-def _near(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known) or 'none'}"
+def near(name: str, known: Sequence[str]) -> str:
+    """Return a hint for a name that is unknown: the nearest one, or all."""
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(known) or 'none'}"
 
 
 @hookimpl

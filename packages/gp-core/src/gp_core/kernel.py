@@ -342,7 +342,7 @@ class RemoteKernel:
         """Send a signal to the kernel's process group; one that is dead already is fine."""
         if self.exit_code is not None:
             return
-        if await self._reachable(HICCUP):
+        if await self._reachable(0 if protocol1.MUTE in self.capabilities else HICCUP):  # those never dial again
             self._send(protocol.signal(signum))
         elif self.record.handle is not None and not await self._signal_by_platform(signum):
             if signum in (signals.SIGKILL, signals.SIGTERM):

@@ -259,6 +259,7 @@ class Rendezvous:
         if len(self._strangers) > self._max_strangers:
             oldest = next(iter(self._strangers))
             assert oldest.transport is not None
+            self.session_ended(oldest)  # at once: more of them may come before the transport has told of its end
             oldest.transport.abort()
 
     def session_ended(self, session: Session) -> None:

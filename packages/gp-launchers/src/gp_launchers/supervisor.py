@@ -189,6 +189,10 @@ class Supervisor:
         self._loop.cancel(self._probe)
         self._log("run %d: ended, code %s", self._kernel.run, self._kernel.exit.code)
         self._report()
+        self._wait_for_word()
+
+    def _wait_for_word(self) -> None:
+        """After the kernel's end: `restart` or `shutdown` may come; what cannot restart has only to be told."""
         if self._stopping or (not self._kernel.can_restart and self._is_accepted()):
             self._end()
         else:
@@ -332,8 +336,8 @@ class Supervisor:
         self._loop.cancel(self._steady)
         self._steady = self._loop.after(STEADY, self._dialer.reset)
         self._report()
-        if self._kernel.exit is not None and not self._kernel.can_restart:
-            self._end()
+        if self._kernel.exit is not None:
+            self._wait_for_word()
 
     def _on_refused(self, message: Message) -> None:
         session = self._dialer.session

@@ -37,7 +37,7 @@ option that configuration files and the environment may set; --version.
 """
 
 
-class JupyterGP(JupyterApp):  # type: ignore[misc]
+class JupyterGP(JupyterApp):
     """The application ``jupyter gp``; every subcommand is one of its own, imported when it is used."""
 
     name = "jupyter-gp"
@@ -49,10 +49,10 @@ class JupyterGP(JupyterApp):  # type: ignore[misc]
         "demo": ("gp_core.cli.demo.Demo", "a kernel through the whole protocol"),
         "install": ("gp_core.cli.kernelspecs.Install", "make a kernelspec"),
         "params": ("gp_core.cli.kernelspecs.Params", "what a user may choose"),
-        "ps": ("gp_core.cli.kernels.Ps", "kernels of this installation"),
-        "logs": ("gp_core.cli.kernels.Logs", "the last lines that a kernel wrote"),
-        "stop": ("gp_core.cli.kernels.Stop", "end a kernel and its job"),
-        "gc": ("gp_core.cli.kernels.Gc", "remove what servers that are gone have left"),
+        "ps": ("gp_core.cli.look.Ps", "kernels of this installation"),
+        "logs": ("gp_core.cli.look.Logs", "the last lines that a kernel wrote"),
+        "stop": ("gp_core.cli.stop.Stop", "end a kernel and its job"),
+        "gc": ("gp_core.cli.stop.Gc", "remove what servers that are gone have left"),
     }
 
     def parse_command_line(self, argv: list[str] | None = None) -> None:

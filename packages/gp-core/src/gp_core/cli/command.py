@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import re
 import sys
 from collections.abc import Coroutine
@@ -23,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-class Command(JupyterApp):  # type: ignore[misc]
+class Command(JupyterApp):
     """One subcommand.
 
     traitlets would show a hundred options for each; so the few arguments of a command are argparse's, and options of gp
@@ -40,7 +41,7 @@ class Command(JupyterApp):  # type: ignore[misc]
 
     @default("log_level")
     def _few_words(self) -> int:
-        return 30
+        return logging.WARNING
 
     @default("config_file_name")
     def _one_file_for_all(self) -> str:
@@ -135,7 +136,8 @@ def all_options() -> str:
     classes: list[type[HasTraits]] = [KernelServer, ProvisionerOptions, *plugins().backends.values()]
     parts = []
     for cls in classes:
-        lines = [f"{cls.__name__}: {(cls.__doc__ or '').splitlines()[0]}", ""]
+        summary = (cls.__doc__ or "").strip().partition("\n")[0]
+        lines = [f"{cls.__name__}: {summary}", ""]
         for name, trait in sorted(cls.class_own_traits(config=True).items()):
             variable = f"  [{trait.metadata['env']}]" if "env" in trait.metadata else ""
             lines += [f"  --{cls.__name__}.{name}=<{type(trait).__name__}>{variable}", f"      {trait.help}"]

@@ -45,7 +45,7 @@ installs nothing and leaves nothing behind."""
 
     def run(self) -> int:
         if importlib.util.find_spec("ipykernel") is None:
-            raise GPError(f"the demo runs a Python kernel, and ipykernel is missing: {sys.executable} -m pip install ipykernel")
+            raise GPError(f"ipykernel, the kernel to be shown, is missing: {sys.executable} -m pip install ipykernel")
         quiet = self.args.json or not sys.stderr.isatty()
         with _apart(), console(stderr=True).status("...") if not quiet else contextlib.nullcontext() as spinner:
             tell = (lambda text: None) if spinner is None else spinner.update
@@ -95,8 +95,9 @@ def _apart() -> Iterator[None]:
     """Keep the demo apart from this installation: folders, records, key and options of its own."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix="gp-demo-", ignore_cleanup_errors=True) as folder:
-        for name in [name for name in os.environ if name.startswith(("GP_", "KERNEL_")) and name != "GP_DISABLED_PLUGINS"]:
-            del os.environ[name]
+        for name in before:
+            if name.startswith(("GP_", "KERNEL_")) and name != "GP_DISABLED_PLUGINS":
+                del os.environ[name]
         os.environ |= {
             "GP_DATA_DIR": str(Path(folder, "gp")),
             "GP_RUNTIME_DIR": str(Path(folder, "far")),
@@ -114,7 +115,7 @@ def _apart() -> Iterator[None]:
             os.environ.update(before)
 
 
-class _Specs(KernelSpecManager):  # type: ignore[misc]
+class _Specs(KernelSpecManager):
     """Two kernelspecs that lie nowhere: the same command, with and without the stanza."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
@@ -198,7 +199,8 @@ async def _run(client: AsyncKernelClient, code: str) -> str:
 
 async def _interrupt(manager: AsyncKernelManager, client: AsyncKernelClient) -> float:
     request = client.execute(LOOP, stop_on_error=False)  # else cells that follow at once are aborted
-    await _until(client.get_iopub_msg, lambda m: m["msg_type"] == "execute_input" and m["parent_header"]["msg_id"] == request)
+    begun = ("execute_input", request)
+    await _until(client.get_iopub_msg, lambda m: (m["msg_type"], m["parent_header"].get("msg_id")) == begun)
     await asyncio.sleep(0.2)  # the loop itself runs by now
     began = time.perf_counter()
     await manager.interrupt_kernel()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from traitlets import default
 
 from ..errors import ConfigError
 from .command import Command
@@ -24,6 +27,10 @@ class Install(Command):
     details = """\
 example:
   jupyter gp install ssh --from python3 --set remote_hosts=h1,h2 --name far"""
+
+    @default("log_level")
+    def _no_warnings(self) -> int:
+        return logging.ERROR  # what jupyter_client warns of is among the notes
 
     def arguments(self, group: argparse._ArgumentGroup) -> None:
         group.add_argument("backend", metavar="BACKEND", help="a backend or provisioner of jupyter gp list")
@@ -42,7 +49,8 @@ example:
         group.add_argument("--replace", action="store_true", help="a kernelspec of that name may go")
 
     def run(self) -> int:
-        from ..install import offer, place, read_kernelspec, template, variant
+        from ..install import offer, place, read_kernelspec, template
+        from .variant import variant
 
         args, specs = self.args, self.specs
         target = offer(args.backend)
@@ -64,14 +72,16 @@ example:
         name = (args.name or f"{source.name}-{target.backend.name}").lower()
         prefix = sys.prefix if args.sys_prefix else args.prefix
         path = place(specs, name, made, prefix=prefix, replace=args.replace)
+        seen = str(path.parent) in specs.kernel_dirs
+        notes = [*made.notes, *([] if seen else [f"Jupyter does not look there: set JUPYTER_PATH={path.parents[1]}"])]
         if args.json:
             data = {"name": name, "path": str(path), "provisioner": target.name, "backend": target.backend.name}
-            self.print_json({**data, "spec": made.spec, "notes": made.notes})
+            self.print_json({**data, "spec": made.spec, "notes": notes})
             return 0
         say(f"Installed {name} ({made.spec['display_name']}) in {path}")
-        for note in made.notes:
+        for note in notes:
             say(f"note: {note}")
-        say(f"Check it with: jupyter gp doctor {name}")
+        say(f"Check it with: jupyter gp doctor {name if seen else path}")
         return 0
 
     def _sources(self, provisioner: str) -> str:

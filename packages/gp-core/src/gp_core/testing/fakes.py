@@ -197,7 +197,7 @@ class FakeLauncher:
     def close(self) -> None:
         """Drop the session."""
         if self._writer is not None:
-            self._writer.close()
+            self._writer.transport.abort()  # a polite end would wait for the server's
         self._reader = self._writer = None
         self._waiting.clear()
 
