@@ -19,6 +19,7 @@ from clusters import kernels
 from clusters.availability import offer, require
 from clusters.jupyter_env import JupyterEnv, isolated_jupyter
 from clusters.slurm import SlurmCluster
+from support.installation import Installation, installed
 
 __all__ = ["JupyterEnv", "offer", "require"]
 
@@ -79,3 +80,13 @@ def jupyter_env() -> Iterator[JupyterEnv]:
     """
     with isolated_jupyter() as env:
         yield env
+
+
+# -- gp
+
+
+@pytest.fixture
+def installation() -> Iterator[Installation]:
+    """A gp and a Jupyter of this test's own, which must leave nothing: no process, no record, no endpoint."""
+    with installed() as made:
+        yield made

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, distributions
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,13 @@ class FarBackend(Backend):
 
     async def terminate(self, handle, *, force):
         file = self._file(handle)
-        if file.exists() and (force or file.read_text() not in ("stubborn", "immortal")) and file.read_text() != "immortal":
-            file.unlink()
+        job = file.read_text() if file.exists() else "gone"
+        if job == "silent":
+            raise BackendError("the far platform does not answer")
+        if job == "hanging":
+            await asyncio.sleep(1000)
+        if job != "immortal" and (force or job != "stubborn"):
+            file.unlink(missing_ok=True)
 
     async def logs(self, handle, *, tail=50):
         file = self._file(handle).with_suffix(".log")
@@ -68,6 +74,9 @@ class FarProvisioner(RemoteProvisioner):
 
 class TwinBackend(FarBackend):
     name = "twin"
+
+    async def discover(self, kernel_id=None):
+        return []
 
 class TwinProvisioner(RemoteProvisioner):
     backend_name = "twin"
@@ -99,10 +108,16 @@ def distribution(folder: Path, name: str, entry_points: str, version: str = "1.5
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on sys.path for made-up packages."""
+    """A folder on sys.path for made-up packages, the only ones whose plugins count."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
+
+    def made_up(group: str) -> list[EntryPoint]:
+        found = distributions(path=[str(folder)])
+        return [entry for package in found for entry in package.entry_points.select(group=group)]
+
+    monkeypatch.setattr(plugins, "entry_points", made_up)
     before = set(sys.modules)
     yield folder
     for name in set(sys.modules) - before:

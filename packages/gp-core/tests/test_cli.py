@@ -73,14 +73,10 @@ def test_version(gp: Gp) -> None:
 def test_list_names_backends_with_package_and_provisioners(gp: Gp, far: Path) -> None:
     data = gp.json("list")
     assert data["problems"] == []
-    assert [backend["name"] for backend in data["backends"]] == ["far", "local", "twin"]
-    assert data["backends"][0] == {
-        "name": "far",
-        "package": "gp-far",
-        "version": "1.5",
-        "provisioners": ["far-provisioner"],
-    }
-    assert data["backends"][2]["provisioners"] == ["twin-one-provisioner", "twin-two-provisioner"]
+    backends = {backend.pop("name"): backend for backend in data["backends"]}
+    assert backends["local"]["package"] == "gp-core"
+    assert backends["far"] == {"package": "gp-far", "version": "1.5", "provisioners": ["far-provisioner"]}
+    assert backends["twin"]["provisioners"] == ["twin-one-provisioner", "twin-two-provisioner"]
     ran = gp("list")
     assert ran.code == 0
     assert "far-provisioner" in ran.out

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from launcher_kit import CONNECTION, TOKEN, alive, eventually
@@ -445,9 +446,9 @@ def test_pid_1_reaps_orphans_and_forwards(launch, server, tmp_path):
     connection, hello = server.meet()
     assert hello["pid"] == 1
     connection.next("listening")
-    outer = int(open(f"/proc/{running.pid}/task/{running.pid}/children").read().split()[0])
-    children = f"/proc/{outer}/task/{outer}/children"
-    eventually(lambda: len(open(children).read().split()) == 1)  # the kernel alone: the orphans are reaped
+    outer = int(Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()[0])
+    children = Path(f"/proc/{outer}/task/{outer}/children")
+    eventually(lambda: len(children.read_text().split()) == 1)  # the kernel alone: the orphans are reaped
     os.kill(outer, signal.SIGTERM)
     assert connection.next("exited")["code"] == -15
     assert running.wait() == 143

@@ -33,7 +33,9 @@ def test_the_options_of_the_seed_documents():
 
 
 def test_equals_signs_and_underscores_and_empty_values():
-    options = parse(["--kernel_id=k=1", *BASE[2:], "--port_range=", "--cwd", "", "--orphan-timeout=2.5", "--", "a", "--b"])
+    options = parse(
+        ["--kernel_id=k=1", *BASE[2:], "--port_range=", "--cwd", "", "--orphan-timeout=2.5", "--", "a", "--b"]
+    )
     assert options.kernel_id == "k=1"
     assert options.port_range == (0, 0)
     assert options.orphan_timeout == 2.5
@@ -41,7 +43,9 @@ def test_equals_signs_and_underscores_and_empty_values():
 
 
 def test_two_pins_and_several_addresses():
-    options = parse([*BASE[:2], "--response-address", "gw:1,[fd00::1]:2, 10.0.0.1:3", "--public-key", f"{PIN},{PIN.upper()}"])
+    options = parse(
+        [*BASE[:2], "--response-address", "gw:1,[fd00::1]:2, 10.0.0.1:3", "--public-key", f"{PIN},{PIN.upper()}"]
+    )
     assert options.response_address == [("gw", 1), ("fd00::1", 2), ("10.0.0.1", 3)]
     assert options.public_key == [PIN, PIN]
 

@@ -10,12 +10,10 @@ first. And whoever reaches the launcher's port can signal the kernel. It has no 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import random
 import re
 import secrets
 from base64 import b64decode, b64encode
@@ -32,7 +30,7 @@ from cryptography.hazmat.primitives.padding import PKCS7
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from . import protocol
-from .backend import LaunchRequest, State
+from .backend import LaunchRequest
 from .errors import ProtocolError
 from .ports import PortRange
 from .protocol import PORTS, Hello, Message
@@ -45,10 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEY_BITS = 2048  # the launchers take any size
-MAX_CALLBACK = 64 * 1024  # bytes; a real one has about 1,200
-MAX_CALLERS = 64  # at a time; a real one is there for an instant
-DEADLINE = 10.0  # seconds for a callback to arrive as a whole
-REQUEST_DEADLINE = 5.0  # seconds for a request to be taken
+MAX_CALLBACK, MAX_CALLERS = 64 * 1024, 64  # bytes, at a time; a real one has 1,200 and is there for an instant
+DEADLINE, REQUEST_DEADLINE = 10.0, 5.0  # seconds for a callback to arrive as a whole, for a request to be taken
 PULSE, MISSES = 1.5, 3  # seconds between polls; how many unanswered ones in a row lose the session
 MUTE = "mute"  # capability of a launcher that does not tell of its kernel's end: the platform is asked
 RELEASE: Message = {"type": "release"}  # the kernel was asked to end, and its launcher must not keep the process
@@ -208,8 +204,7 @@ class CommSession:
     def __init__(self, kernel: RemoteKernel, callback: Callback, address: str) -> None:
         self.kernel: RemoteKernel | None = kernel  # None: fenced off by a newer session
         self.address = address
-        self._kernel, self._callback = kernel, callback
-        self._me = cast("Session", self)
+        self._kernel, self._callback, self._me = kernel, callback, cast("Session", self)
         self._turn = asyncio.Lock()
         self._released = False
         self._hello = Hello(
@@ -217,7 +212,7 @@ class CommSession:
             host="", pid=0, run=kernel.record.run, capabilities=frozenset({MUTE}), speaks=True,
         )  # fmt: skip
 
-    def begin(self, breach: str = "") -> None:
+    def begin(self, breach: str) -> None:
         """Become the kernel's session; end its start if the callback broke the terms."""
         kernel, record = self._kernel, self._kernel.record
         if not breach:
@@ -231,12 +226,12 @@ class CommSession:
 
     def send(self, message: Message) -> None:
         """Send what this protocol has words for: signals, and the launcher's end."""
+        name = f"clean-up of the launcher of kernel {self._kernel.info.kernel_id}"  # the process's end waits for it
         if message["type"] == "signal":
-            runtime().spawn(self._signal(message["signum"]), name="signal")
+            runtime().spawn(self._say({"signum": message["signum"]}), name="signal")
         elif message["type"] in ("release", "shutdown"):
             self._released = True
-            name = f"clean-up of the launcher of kernel {self._kernel.info.kernel_id}"  # the process's end waits for it
-            runtime().spawn(self._release(), name=name)
+            runtime().spawn(self._say({"shutdown": 1}), name=name)
             if message["type"] == "shutdown":
                 self._kernel.disconnected(self._me)
 
@@ -250,34 +245,31 @@ class CommSession:
         kept = self._kernel.record.secret
         return kept is not None and protocol.matches(self._hello.secret, kept) and self._kernel.exit_code is None
 
-    async def _request(self, request: Mapping[str, int]) -> bool:
-        async with self._turn:
-            return await _delivered(self._kernel.connection["ip"], self._callback.comm_port, json.dumps(request))
-
-    async def _signal(self, signum: int) -> None:
-        if not await self._request({"signum": signum}) and self._current:
+    async def _say(self, request: Mapping[str, int]) -> None:
+        if not await self._taken(request) and "signum" in request and self._current:
             self._kernel.disconnected(self._me)
-            await self._kernel.signal(signum)  # now by the platform
+            await self._kernel.signal(request["signum"])  # now by the platform
 
-    async def _release(self) -> None:
-        await self._request({"shutdown": 1})
+    async def _taken(self, request: Mapping[str, int]) -> bool:
+        async with self._turn:
+            return await _reaches(self._kernel.connection["ip"], self._callback.comm_port, json.dumps(request))
 
     async def _live(self) -> None:
         """Tell when the kernel listens, which the launcher does not know, and then whether the launcher does."""
         kernel, record, ports = self._kernel, self._kernel.record, dict(self._callback.ports)
-        await self._host_known()
         for name in ("shell_port", "iopub_port", "control_port"):
-            while not await _delivered(kernel.connection["ip"], ports[name]):
+            # the platform tells the host: at an address that we guess another service may listen
+            while (record.connection["ip"] in ("0.0.0.0", "::") and record.host is None) or not await _reaches(
+                kernel.connection["ip"], ports[name]
+            ):
                 await asyncio.sleep(0.05)
                 if not self._current:
                     return
         kernel.received(self._me, {"type": "listening", "run": record.run, "ports": ports})
         missed = 0
         while True:
-            await asyncio.sleep(PULSE * random.uniform(0.8, 1.2))
-            if self._released or not self._current:
-                return
-            answered = await self._request({"signum": 0})
+            await asyncio.sleep(PULSE)
+            answered = self._current and not self._released and await self._taken({"signum": 0})
             if self._released or not self._current:
                 return
             missed = 0 if answered else missed + 1
@@ -286,18 +278,8 @@ class CommSession:
             elif missed == MISSES:
                 kernel.disconnected(self._me)
 
-    async def _host_known(self) -> None:
-        """Wait until the platform told where the kernel runs: an address that we guess may be another service's."""
-        record = self._kernel.record
-        while record.connection["ip"] in ("0.0.0.0", "::") and record.host is None and self._current:
-            status = await self._kernel.backend.look(record.handle) if record.handle is not None else None
-            if status is not None and status.state is State.RUNNING:
-                record.host = status.host
-                return
-            await asyncio.sleep(0.25)
 
-
-async def _delivered(host: str, port: int, text: str = "") -> bool:
+async def _reaches(host: str, port: int, text: str = "") -> bool:
     """Connect and write a text; whether the other end took it and closed, or accepts at all if there is no text."""
 
     async def deliver() -> None:
@@ -309,8 +291,6 @@ async def _delivered(host: str, port: int, text: str = "") -> bool:
                 await reader.read(1)
         finally:
             writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
 
     try:
         await asyncio.wait_for(deliver(), REQUEST_DEADLINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 
 _CHUNK = 4096  # POSIX: a pipe that polls as writable takes this much without blocking
@@ -24,7 +25,8 @@ class Log:
             try:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
                 self._fd = os.open(path, flags, 0o600)
-                os.fchmod(self._fd, 0o600)
+                if stat.S_ISREG(os.fstat(self._fd).st_mode):  # /dev/null and the like are everybody's
+                    os.fchmod(self._fd, 0o600)
             except OSError as error:
                 self("cannot write the log to %s (%s): it goes to standard error", path, error.strerror)
 

@@ -59,10 +59,9 @@ def _gp_spark(mode, namespace):
     def explain(error):
         text = "spark and sc are not available: %s: %s" % (type(error).__name__, error)
         print(text, file=sys.stderr, flush=True)
-        log = getattr(sys.stderr, "_original_stdstream_copy", None)  # ipykernel's way to the launcher's log
-        if log is not None:
+        if sys.stderr is not sys.__stderr__:  # that went to the clients; this goes to the launcher's log
             try:
-                os.write(log, (text + "\\n").encode("utf-8", "replace"))
+                os.write(getattr(sys.stderr, "_original_stdstream_copy", 2), (text + "\\n").encode())
             except OSError:
                 pass
         return text

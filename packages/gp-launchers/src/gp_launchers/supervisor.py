@@ -96,7 +96,7 @@ class Supervisor:
             self._log("TlsUnsupported: %s", error)
             return NO_TLS
         self._watch_signals()
-        self._orphaned = self._loop.after(FIRST_ACCEPTANCE, self._abandoned)
+        self._orphaned = self._loop.after(min(FIRST_ACCEPTANCE, self._orphan_timeout), self._abandoned)
         self._dialer.round()
         if self._kernel.exit is not None:
             self._kernel_exited()

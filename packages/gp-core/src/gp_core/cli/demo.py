@@ -38,10 +38,10 @@ class Demo(Command):
 
     name = "jupyter-gp-demo"
     verb = "demo"
-    summary = "Start a kernel through the whole protocol on this machine, and show what it does."
+    summary = "Show a kernel that is started through the whole protocol on this machine."
     details = """\
-Beside it the same with a plain local kernel. Needs ipykernel and no configuration,
-installs nothing and leaves nothing behind."""
+Beside it the same with a plain local kernel. Needs ipykernel and no
+configuration, installs nothing and leaves nothing behind."""
 
     def run(self) -> int:
         if importlib.util.find_spec("ipykernel") is None:

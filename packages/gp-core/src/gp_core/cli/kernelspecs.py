@@ -22,7 +22,7 @@ class Install(Command):
 
     name = "jupyter-gp-install"
     verb = "install"
-    summary = "Make a kernelspec whose kernels are started by a backend, from one that is there."
+    summary = "Make a kernelspec whose kernels a backend starts, from one that is there."
     usage = "BACKEND --from KERNELSPEC [options]"
     details = """\
 example:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -36,9 +37,12 @@ def show(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Iterable
     console().print(table)
 
 
-def say(text: Cell = "") -> None:
-    """Print a line."""
-    console().print(text)
+def say(text: str = "") -> None:
+    """Print a paragraph, filled to the width of the terminal; a path or command is never broken inside a word."""
+    target = console()
+    for line in text.split("\n"):
+        filled = textwrap.fill(line, target.width, break_long_words=False, break_on_hyphens=False)
+        target.print(filled, soft_wrap=True)
 
 
 def span(seconds: float) -> str:

@@ -1,0 +1,126 @@
+"""Who is compared: our embedded backend, jupyter_client's local provisioner, and the peer from PyPI."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness import PROGRAMS, Program
+
+PEER = "gateway_provisioners==0.5.0"
+NAMES = ("ours", "local", "peer")
+
+
+def peer_python() -> str:
+    """Return the interpreter of the peer's environment, made at the first call.
+
+    The peer claims provisioner names that ours may claim too, so it lives alone, outside of the checkout. An environment
+    that exists is named by GP_BENCH_PEER_PYTHON.
+    """
+    if given := os.environ.get("GP_BENCH_PEER_PYTHON"):
+        return given
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gp-benchmarks"
+    folder = cache / f"{PEER.replace('==', '-')}-py{sys.version_info[0]}.{sys.version_info[1]}"
+    python = folder / "bin/python"
+    if not (folder / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", PEER, *_same_versions()], check=True)
+        (folder / "complete").touch()
+    return str(python)
+
+
+def _same_versions() -> list[str]:
+    """The libraries that all have in common shall not make the difference."""
+    from importlib.metadata import version
+
+    return [f"{name}=={version(name)}" for name in ("ipykernel", "jupyter_client", "pyzmq", "tornado")]
+
+
+class Contestant:
+    """A host application with kernelspecs of its own, in an environment of its own.
+
+    Args:
+        name: One of `NAMES`.
+        work: Folder for all that it writes.
+    """
+
+    def __init__(self, name: str, work: Path) -> None:
+        self.name = name
+        self.folder = work / name
+        self.python = peer_python() if name == "peer" else sys.executable
+        for part in ("config", "run", "logs", "ipython"):
+            (self.folder / part).mkdir(parents=True, mode=0o700)
+        for kernel, argv in self._kernels().items():
+            folder = self.folder / "data/kernels" / kernel
+            folder.mkdir(parents=True)
+            (folder / "kernel.json").write_text(json.dumps(self._kernelspec(kernel, argv)))
+        self.host = Program("host", self.folder / "log", python=self.python, env=self._environment())
+
+    def _kernels(self) -> dict[str, list[str]]:
+        stillborn = [self.python, "-I", "-S", "-c", "raise SystemExit('this kernel dies at once')"]
+        if self.name != "peer":
+            return {
+                "ipykernel": [self.python, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                "instant": [self.python, "-I", "-S", str(PROGRAMS / "instant_kernel.py"), "{connection_file}"],
+                "stillborn": stillborn,
+            }
+        launch = self._assembled()
+        options = ["--kernel-id", "{kernel_id}", "--response-address", "{response_address}"]
+        options += ["--public-key", "{public_key}"]
+        return {
+            "ipykernel": [self.python, str(launch / "launch_ipykernel.py"), "--port-range", "{port_range}", *options],
+            "instant": [self.python, str(PROGRAMS / "instant_peer.py"), *options],
+            "stillborn": stillborn,
+        }
+
+    def _assembled(self) -> Path:
+        """Put the peer's launcher together as its `jupyter ssh-spec install` does."""
+        find = "import gateway_provisioners; print(gateway_provisioners.__path__[0])"
+        found = subprocess.run([self.python, "-c", find], check=True, capture_output=True, text=True)
+        parts = Path(found.stdout.strip()) / "kernel-launchers"
+        launch = self.folder / "launch"
+        shutil.copytree(parts / "python/scripts", launch)
+        shutil.copy(parts / "shared/scripts/server_listener.py", launch)
+        return launch
+
+    def _kernelspec(self, kernel: str, argv: list[str]) -> dict[str, Any]:
+        stanza: dict[str, Any] = {
+            "ours": {"provisioner_name": "gp-local-provisioner"},
+            "local": {"provisioner_name": "local-provisioner"},
+            "peer": {"provisioner_name": "distributed-provisioner", "config": {"remote_hosts": ["localhost"]}},
+        }[self.name]
+        return {
+            "argv": argv,
+            "display_name": kernel,
+            "language": "python",
+            "metadata": {"kernel_provisioner": stanza},
+        }
+
+    def _environment(self) -> dict[str, str]:
+        ours = ("GP_", "JUPYTER_", "PYTHON", "KERNEL_", "COVERAGE_")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+        env |= {
+            "JUPYTER_DATA_DIR": str(self.folder / "data"),
+            "JUPYTER_CONFIG_DIR": str(self.folder / "config"),
+            "JUPYTER_RUNTIME_DIR": str(self.folder / "run"),
+            "IPYTHONDIR": str(self.folder / "ipython"),
+        }
+        if self.name == "ours":
+= {"GP_RESPONSE_PORT": str(_free_port())}  # it has no "any"|= {"GP_DATA_DIR": str(self.folder / "gp"), "GP_RESPONSE_PORT": "0"}
+        elif self.name == "peer":
+            launch = os.pathsep.join([str(self.folder / "launch"), str(PROGRAMS)])
+= {"GP_RESPONSE_PORT": str(_free_port())}  # it has no "any"|= {"GP_KERNEL_LOG_DIR": str(self.folder / "logs"), "PYTHONPATH": launch}
+= {"GP_RESPONSE_PORT": str(_free_port())}  # it has no "any"|= {"GP_RESPONSE_PORT": str(_free_port())}  # it has no "any"
+        return env
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,193 @@
+"""A host application as jupyter_server is one: starts kernels through jupyter_client, on one event loop.
+
+The same program for all contestants; which provisioner is used is the kernelspec's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from importlib.metadata import version
+from typing import Any
+
+from jupyter_client.manager import AsyncKernelManager
+from lines import serve
+from ticker import Ticker
+
+PATIENCE = 60.0  # seconds
+
+managers: dict[str, AsyncKernelManager] = {}
+clients: dict[str, Any] = {}
+
+
+def clock() -> float:
+    return time.perf_counter()
+
+
+async def start(kernel: str, slot: str = "") -> float:
+    """Seconds from the call of start_kernel until the kernel answers (ipykernel) or its ports accept."""
+    manager = managers[slot] = AsyncKernelManager(kernel_name=kernel)
+    began = clock()
+    await manager.start_kernel()
+    await (_answered(slot) if kernel == "ipykernel" else _accepts(manager))
+    return clock() - began
+
+
+async def _answered(slot: str) -> None:
+    """Connect a new client and wait for the reply to its first request."""
+    if slot in clients:
+        clients.pop(slot).stop_channels()
+    client = clients[slot] = managers[slot].client()
+    client.start_channels(hb=False)
+    request = client.kernel_info()
+    while (await client.get_shell_msg(timeout=PATIENCE))["parent_header"].get("msg_id") != request:
+        pass
+
+
+async def _accepts(manager: AsyncKernelManager) -> None:
+    for port in (manager.shell_port, manager.iopub_port, manager.control_port):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(_reachable(manager.ip), port)
+                writer.close()
+                break
+            except OSError:
+                await asyncio.sleep(0.001)
+
+
+def _reachable(ip: str) -> str:
+    return "127.0.0.1" if ip in ("0.0.0.0", "*", "") else ip
+
+
+async def restart(now: bool, slot: str = "") -> float:
+    """Seconds from the call of restart_kernel until the new kernel answers."""
+    began = clock()
+    await managers[slot].restart_kernel(now=now)
+    await _answered(slot)
+    return clock() - began
+
+
+async def interrupt(slot: str = "") -> float:
+    """Seconds from the call of interrupt_kernel until the execute_reply of an endless loop."""
+    client = clients[slot]
+    request = client.execute("while True: pass")
+    while True:
+        message = await client.get_iopub_msg(timeout=PATIENCE)
+        if message["msg_type"] == "execute_input" and message["parent_header"]["msg_id"] == request:
+            break
+    await asyncio.sleep(0.2)  # now it is in the loop
+    began = clock()
+    await managers[slot].interrupt_kernel()
+    while (await client.get_shell_msg(timeout=PATIENCE))["parent_header"]["msg_id"] != request:
+        pass
+    return clock() - began
+
+
+async def death(slot: str = "") -> float:
+    """Seconds from kill -9 of the kernel's process until poll() says so, asked every millisecond."""
+    manager, client = managers[slot], clients[slot]
+    request = client.execute("", user_expressions={"pid": "__import__('os').getpid()"})
+    while (reply := await client.get_shell_msg(timeout=PATIENCE))["parent_header"]["msg_id"] != request:
+        pass
+    pid = int(reply["content"]["user_expressions"]["pid"]["data"]["text/plain"])
+    began = clock()
+    os.kill(pid, signal.SIGKILL)
+    while await manager.provisioner.poll() is None:
+        if clock() - began > PATIENCE:
+            raise TimeoutError(f"poll() still says alive {PATIENCE:g} s after kill -9")
+        await asyncio.sleep(0.001)
+    return clock() - began
+
+
+async def shutdown(slot: str = "", now: bool = False) -> float:
+    """Seconds of shutdown_kernel."""
+    if slot in clients:
+        clients.pop(slot).stop_channels()
+    manager = managers.pop(slot)
+    began = clock()
+    await manager.shutdown_kernel(now=now)
+    return clock() - began
+
+
+async def stillborn() -> dict[str, Any]:
+    """Start a kernel that dies at once: seconds until anything says so, and what."""
+    manager = AsyncKernelManager(kernel_name="stillborn")
+    began = clock()
+    try:
+        await manager.start_kernel()
+        client = manager.client()
+        client.start_channels()
+        try:
+            await client.wait_for_ready(timeout=PATIENCE)
+        finally:
+            client.stop_channels()
+    except Exception as error:
+        after = clock() - began
+        await _removed(manager)
+        return {"seconds": after, "error": str(error)}
+    raise AssertionError("it lives")
+
+
+async def _removed(manager: AsyncKernelManager) -> None:
+    try:
+        await asyncio.wait_for(manager.shutdown_kernel(now=True), PATIENCE)
+    except Exception as error:
+        print(f"shutdown: {error!r}", flush=True)
+
+
+async def crowd(count: int) -> dict[str, Any]:
+    """Start kernels that are ready at once, all at the same time; seconds until all are, and how late this loop was."""
+    made = [AsyncKernelManager(kernel_name="instant") for _ in range(count)]
+
+    async def one(manager: AsyncKernelManager) -> None:
+        await manager.start_kernel()
+        await _accepts(manager)
+
+    await asyncio.sleep(0.5)
+    ticker = Ticker()
+    cpu, began = time.process_time(), clock()
+    outcomes = await asyncio.gather(*(one(manager) for manager in made), return_exceptions=True)
+    seconds, cpu = clock() - began, time.process_time() - cpu
+    lag = ticker.stop()
+    failures = [repr(outcome) for outcome in outcomes if outcome is not None]
+    await asyncio.gather(*(_removed(manager) for manager in made))
+    return {"seconds": seconds, "lag": lag, "failures": failures, "cpu": cpu}
+
+
+async def idle(kernels: int, seconds: float) -> dict[str, Any]:
+    """Do nothing with some kernels running: how late this loop is, and what it costs."""
+    slots = [f"idle-{number}" for number in range(kernels)]
+    for slot in slots:
+        await start("instant", slot)
+    await asyncio.sleep(1)
+    ticker = Ticker()
+    cpu = time.process_time()
+    await asyncio.sleep(seconds)
+    answer = {"lag": ticker.stop(), "cpu": (time.process_time() - cpu) / seconds}
+    for slot in slots:
+        await _removed(managers.pop(slot))
+    return answer
+
+
+async def forget(slot: str = "") -> None:
+    """Get rid of a kernel with which something went wrong."""
+    if slot in clients:
+        clients.pop(slot).stop_channels()
+    if slot in managers:
+        await _removed(managers.pop(slot))
+
+
+async def about() -> dict[str, str]:
+    return {name: version(name) for name in ("jupyter_client", "ipykernel", "pyzmq", "tornado")}
+
+
+async def main() -> None:
+    functions = (start, restart, interrupt, death, shutdown, stillborn, crowd, idle, forget, about)
+    await serve({function.__name__: function for function in functions})
+    for slot in list(managers):
+        await forget(slot)
+
+
+asyncio.run(main())

@@ -1,0 +1,417 @@
+"""The contract finds what it is for: backends that are right but for one fault, each caught by the test meant for it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import defaultdict
+
+import pytest
+from gp_core.testing import BackendContract, FakeBackend
+
+HEAD = '''
+import asyncio, contextlib, json, subprocess, sys, time, uuid
+import pytest
+from gp_core import BackendError, Finding, State, Status, run_command
+from gp_core.testing import BackendContract, FakeBackend, FakePlatform
+
+
+class FakeContract(BackendContract):
+    backend_class = FakeBackend
+    unknown_job = {"job": "job-0"}
+    start_timeout, end_timeout, settle = 2.0, 1.0, 0.1
+
+    @pytest.fixture
+    def backend_options(self):
+        return {"platform": str(uuid.uuid4())}
+
+    @pytest.fixture
+    def break_platform(self, backend_options):
+        @contextlib.contextmanager
+        def broken():
+            platform = FakePlatform.named(backend_options["platform"])
+            platform.silent = True
+            try:
+                yield
+            finally:
+                platform.silent = False
+
+        return broken
+'''
+
+FAULTS = {
+    "launch blocks the loop": (
+        """
+        async def launch(self, request):
+            time.sleep(0.15)
+            return await super().launch(request)
+        """,
+        {"test_nothing_blocks_the_event_loop"},
+    ),
+    "logs block the loop": (
+        """
+        async def logs(self, handle, *, tail=50):
+            subprocess.run(["sleep", "0.15"])
+            return await super().logs(handle, tail=tail)
+        """,
+        {"test_nothing_blocks_the_event_loop"},
+    ),
+    "launch waits for the kernel": (
+        """
+        async def launch(self, request):
+            handle = await super().launch(request)
+            job = self.api.jobs[handle["job"]]
+            while job.state is not State.GONE and not (job.launcher and job.launcher.ports):
+                await asyncio.sleep(0.01)
+            return handle
+        """,
+        {"test_launch_does_not_wait_for_the_kernel", "test_handle_is_plain_json", "test_cancelled_start_leaves_nothing"},
+    ),
+    "the handle is not JSON": (
+        """
+        async def launch(self, request):
+            return {**await super().launch(request), "ports": (1, 2)}
+        """,
+        {"test_handle_is_plain_json"},
+    ),
+    "the handle holds the token": (
+        """
+        async def launch(self, request):
+            return {**await super().launch(request), "env": dict(request.secrets)}
+        """,
+        {"test_secrets_stay_secret"},
+    ),
+    "argv here holds the secrets": (
+        """
+        async def launch(self, request):
+            await run_command("true", *request.secrets.values())
+            return await super().launch(request)
+        """,
+        {"test_secrets_stay_secret"},
+    ),
+    "argv over there holds the secrets": (
+        """
+        async def launch(self, request):
+            handle = await super().launch(request)
+            await asyncio.sleep(0.02)
+            self.api.jobs[handle["job"]].launcher.cmdlines.append("env " + str(request.secrets))
+            return handle
+        """,
+        {"test_secrets_stay_secret"},
+    ),
+    "a log message holds the secrets": (
+        """
+        async def launch(self, request):
+            self.log.debug("launch with %s", dict(request.secrets))
+            return await super().launch(request)
+        """,
+        {"test_secrets_stay_secret"},
+    ),
+    "a method needs the object that launched": (
+        """
+        async def launch(self, request):
+            handle = await super().launch(request)
+            self.mine = {handle["job"]}
+            return handle
+
+        async def terminate(self, handle, *, force):
+            if handle["job"] in getattr(self, "mine", ()):
+                await super().terminate(handle, force=force)
+        """,
+        {"test_handle_is_all_that_is_needed", "test_discover_finds_what_is_there"},
+    ),
+    "kernels of one object share their state": (
+        """
+        async def launch(self, request):
+            self.last = await super().launch(request)
+            await asyncio.sleep(0.02)
+            return self.last
+        """,
+        {"test_many_kernels_at_once"},
+    ),
+    "arguments go through a shell": (
+        """
+        async def launch(self, request):
+            import dataclasses
+            argv = [word.replace("$HOME", "/root") for word in request.argv]
+            return await super().launch(dataclasses.replace(request, argv=argv))
+        """,
+        {"test_arguments_arrive_as_they_are"},
+    ),
+    "the working directory is lost": (
+        """
+        async def launch(self, request):
+            import dataclasses
+            return await super().launch(dataclasses.replace(request, cwd=None))
+        """,
+        {"test_kernel_gets_its_working_directory"},
+    ),
+    "names of jobs are never free again": (
+        """
+        async def launch(self, request):
+            if any(job.kernel_id == request.kernel_id for job in self.api.jobs.values()):
+                raise BackendError("409 Conflict")
+            return await super().launch(request)
+        """,
+        {"test_same_kernel_id_can_be_launched_again"},
+    ),
+    "a job that is submitted late is not terminated": (
+        """
+        async def launch(self, request):
+            name = "late-" + request.kernel_id
+            task = asyncio.get_running_loop().create_task(self.later(name, request))
+            self.api.__dict__.setdefault("tasks", []).append(task)
+            return {"kernel_id": request.kernel_id, "job": name}
+
+        async def later(self, name, request):
+            await asyncio.sleep(0.05)
+            job = self.api.submit(request)
+            job.job_id = name
+            self.api.jobs[name] = job
+
+        async def status(self, handle):
+            status = await super().status(handle)
+            known = handle["job"] in self.api.jobs or not handle["job"].startswith("late-")
+            return status if known else Status(state=State.PENDING)
+
+        async def discover(self, kernel_id=None):
+            return [handle for handle in await super().discover(kernel_id) if handle["job"].startswith("late-")]
+        """,
+        {"test_cancelled_start_leaves_nothing"},
+    ),
+    "the kernel's end is not passed on in the log": (
+        """
+        async def logs(self, handle, *, tail=50):
+            return ""
+        """,
+        {"test_logs_have_the_kernels_output", "test_job_that_dies_is_told_with_its_log"},
+    ),
+    "tail is not obeyed": (
+        """
+        async def logs(self, handle, *, tail=50):
+            return await super().logs(handle) + "\\nand\\nmore"
+        """,
+        {"test_logs_have_the_kernels_output"},
+    ),
+    "logs of a job that is gone are an error": (
+        """
+        async def logs(self, handle, *, tail=50):
+            self.api.jobs[handle["job"]]
+            return await super().logs(handle, tail=tail)
+        """,
+        {"test_logs_of_an_unknown_job_are_empty"},
+    ),
+    "a dead job is told as running": (
+        """
+        async def status(self, handle):
+            status = await super().status(handle)
+            job = self.api.jobs.get(handle["job"])
+            failed = job is not None and job.exit_code == 2
+            return Status(state=State.RUNNING) if failed else status
+        """,
+        {"test_job_that_dies_is_told_with_its_log"},
+    ),
+    "status raises for an unknown job": (
+        """
+        async def status(self, handle):
+            self.api.jobs[handle["job"]]
+            return await super().status(handle)
+        """,
+        {"test_status_of_an_unknown_job_is_gone"},
+    ),
+    "status says GONE when the platform is silent": (
+        """
+        async def status(self, handle):
+            try:
+                return await super().status(handle)
+            except BackendError as error:
+                return Status(state=State.GONE, detail=str(error))
+        """,
+        {"test_silent_platform_is_unknown"},
+    ),
+    "status raises what is no BackendError": (
+        """
+        async def status(self, handle):
+            try:
+                return await super().status(handle)
+            except BackendError:
+                raise ConnectionError("refused") from None
+        """,
+        {"test_silent_platform_is_unknown"},
+    ),
+    "status changes something": (
+        """
+        async def status(self, handle):
+            status = await super().status(handle)
+            self.api.jobs.setdefault(handle["job"], None)
+            looks = self.api.__dict__.setdefault("looks", [])
+            looks.append(handle["job"])
+            if looks.count(handle["job"]) == 12:
+                await self.api.kill(handle["job"])
+            return status
+        """,
+        {"test_status_only_looks"},
+    ),
+    "watch never ends": (
+        """
+        async def watch(self, handle):
+            while True:
+                yield await self.look(handle)
+                await asyncio.sleep(0.01)
+        """,
+        {"test_watch_follows_a_job_to_its_end"},
+    ),
+    "watch stops too early": (
+        """
+        async def watch(self, handle):
+            async for status in super().watch(handle):
+                if status.state is State.GONE:
+                    return
+                yield status
+        """,
+        {"test_watch_follows_a_job_to_its_end"},
+    ),
+    "discover finds nothing": (
+        """
+        async def discover(self, kernel_id=None):
+            return []
+        """,
+        {"test_discover_finds_what_is_there", "test_same_kernel_id_can_be_launched_again"},
+    ),
+    "discover finds other kernels too": (
+        """
+        async def discover(self, kernel_id=None):
+            return await super().discover()
+        """,
+        {"test_discover_finds_what_is_there"},
+    ),
+    "discover finds what has ended": (
+        """
+        async def discover(self, kernel_id=None):
+            return [
+                {"kernel_id": job.kernel_id, "job": job.job_id}
+                for job in self.api.jobs.values()
+                if kernel_id in (None, job.kernel_id)
+            ]
+        """,
+        {
+            "test_terminate_ends_the_job_and_frees_all", "test_same_kernel_id_can_be_launched_again",
+            "test_missing_command_is_told", "test_kernel_that_dies_is_told", "test_job_that_dies_is_told_with_its_log",
+            "test_cancelled_start_leaves_nothing",
+        },
+    ),
+    "check gives no advice": (
+        """
+        async def check(self):
+            return [Finding(ok=not self.api.silent, subject="fake", text="?")]
+        """,
+        {"test_check_tells_how_things_are"},
+    ),
+    "signal goes nowhere": (
+        """
+        async def signal(self, handle, signum):
+            return True
+        """,
+        {"test_signal_reaches_the_kernel_or_is_declined"},
+    ),
+    "signal arrives twice": (
+        """
+        async def signal(self, handle, signum):
+            await super().signal(handle, signum)
+            return await super().signal(handle, signum)
+        """,
+        {"test_signal_reaches_the_kernel_or_is_declined"},
+    ),
+    "signal to a dead job is an error": (
+        """
+        async def signal(self, handle, signum):
+            if self.api.jobs[handle["job"]].state is State.GONE:
+                raise BackendError("404 no such job")
+            return await super().signal(handle, signum)
+        """,
+        {"test_signal_to_a_job_that_is_gone_is_harmless"},
+    ),
+    "terminate does not end the job": (
+        """
+        async def terminate(self, handle, *, force):
+            if force:
+                await super().terminate(handle, force=True)
+        """,
+        {"test_terminate_ends_the_job_and_frees_all", "test_terminate_can_be_repeated"},
+    ),
+    "terminate ends others too": (
+        """
+        async def terminate(self, handle, *, force):
+            for job in list(self.api.jobs):
+                await self.api.kill(job)
+        """,
+        {"test_terminate_ends_the_job_and_frees_all", "test_discover_finds_what_is_there"},
+    ),
+    "terminate raises the second time": (
+        """
+        async def terminate(self, handle, *, force):
+            if self.api.jobs[handle["job"]].state is State.GONE:
+                raise BackendError("404 no such job")
+            await super().terminate(handle, force=force)
+        """,
+        {"test_terminate_can_be_repeated"},
+    ),
+    "the platform starts orphans again": (
+        """
+        async def launch(self, request):
+            handle = await super().launch(request)
+            job = self.api.jobs[handle["job"]]
+
+            def again(task):
+                if job.exit_code == 75:
+                    job.exit_code, job.state = None, State.PENDING
+                    job.task = asyncio.get_running_loop().create_task(self.api._life(job, request))
+
+            job.task.add_done_callback(again)
+            return handle
+        """,
+        {"test_orphan_ends"},
+    ),
+}
+
+
+def class_name(fault: str) -> str:
+    return fault.title().replace(" ", "").replace("'", "")
+
+
+Outcomes = dict[str, dict[str, bool]]
+
+
+@pytest.fixture(scope="module")
+def passed(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """Run the contract against every broken backend, in one run of pytest; class -> test -> whether it passed."""
+    text = [HEAD, "class TestSound(FakeContract):", "    pass", ""]
+    for fault, (body, _) in FAULTS.items():
+        name = class_name(fault)
+        text += [f"class {name}(FakeBackend):", textwrap.indent(textwrap.dedent(body), "    ")]
+        text += [f"class Test{name}(FakeContract):", f"    backend_class = {name}", ""]
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "test_faults.py").write_text("\n".join(text))
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    found: Outcomes = defaultdict(dict)
+
+    class Collector:
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            _, cls, name = report.nodeid.split("::")
+            test = name.partition("[")[0]
+            found[cls][test] = found[cls].get(test, True) and report.passed
+
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:asyncio", "-c", str(folder / "pytest.ini")]
+    pytest.main([*options, "--rootdir", str(folder), str(folder)], plugins=[Collector()])
+    return found
+
+
+def test_sound_backend_passes(passed: Outcomes) -> None:
+    tests = {name for name in vars(BackendContract) if name.startswith("test_")}
+    assert passed["TestSound"] == dict.fromkeys(tests, True)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught_by_the_test_meant_for_it(passed: Outcomes, fault: str) -> None:
+    outcomes = passed["Test" + class_name(fault)]
+    assert len(outcomes) == len(passed["TestSound"])
+    assert {test for test, good in outcomes.items() if not good} == FAULTS[fault][1]
