@@ -15,6 +15,11 @@ from harness import PROGRAMS, Program
 
 PEER = "gateway_provisioners==0.5.0"
 NAMES = ("ours", "local", "peer")
+STANZAS: dict[str, dict[str, Any]] = {
+    "ours": {"provisioner_name": "gp-local-provisioner"},
+    "local": {"provisioner_name": "local-provisioner"},
+    "peer": {"provisioner_name": "distributed-provisioner", "config": {"remote_hosts": ["localhost"]}},
+}
 
 
 def peer_python() -> str:
@@ -57,9 +62,8 @@ class Contestant:
         for part in ("config", "run", "logs", "ipython"):
             (self.folder / part).mkdir(parents=True, mode=0o700)
         for kernel, argv in self._kernels().items():
-            folder = self.folder / "data/kernels" / kernel
-            folder.mkdir(parents=True)
-            (folder / "kernel.json").write_text(json.dumps(self._kernelspec(kernel, argv)))
+            self._install(kernel, argv, STANZAS[name])
+        self._install("nothing", ["none"], {"provisioner_name": "null"})
         self.host = Program("host", self.folder / "log", python=self.python, env=self._environment())
 
     def _kernels(self) -> dict[str, list[str]]:
@@ -89,18 +93,12 @@ class Contestant:
         shutil.copy(parts / "shared/scripts/server_listener.py", launch)
         return launch
 
-    def _kernelspec(self, kernel: str, argv: list[str]) -> dict[str, Any]:
-        stanza: dict[str, Any] = {
-            "ours": {"provisioner_name": "gp-local-provisioner"},
-            "local": {"provisioner_name": "local-provisioner"},
-            "peer": {"provisioner_name": "distributed-provisioner", "config": {"remote_hosts": ["localhost"]}},
-        }[self.name]
-        return {
-            "argv": argv,
-            "display_name": kernel,
-            "language": "python",
-            "metadata": {"kernel_provisioner": stanza},
-        }
+    def _install(self, kernel: str, argv: list[str], stanza: dict[str, Any]) -> None:
+        folder = self.folder / "data/kernels" / kernel
+        folder.mkdir(parents=True)
+        metadata = {"kernel_provisioner": stanza}
+        spec = {"argv": argv, "display_name": kernel, "language": "python", "metadata": metadata}
+        (folder / "kernel.json").write_text(json.dumps(spec))
 
     def _environment(self) -> dict[str, str]:
         ours = ("GP_", "JUPYTER_", "PYTHON", "KERNEL_", "COVERAGE_")
@@ -112,11 +110,12 @@ class Contestant:
             "IPYTHONDIR": str(self.folder / "ipython"),
         }
         if self.name == "ours":
-= {"GP_RESPONSE_PORT": str(_free_port())}  # it has no "any"|= {"GP_DATA_DIR": str(self.folder / "gp"), "GP_RESPONSE_PORT": "0"}
+            env |= {"GP_DATA_DIR": str(self.folder / "gp"), "GP_RESPONSE_PORT": "0"}
         elif self.name == "peer":
             launch = os.pathsep.join([str(self.folder / "launch"), str(PROGRAMS)])
-= {"GP_RESPONSE_PORT": str(_free_port())}  # it has no "any"|= {"GP_KERNEL_LOG_DIR": str(self.folder / "logs"), "PYTHONPATH": launch}
-= {"GP_RESPONSE_PORT": str(_free_port())}  # it has no "any"|= {"GP_RESPONSE_PORT": str(_free_port())}  # it has no "any"
+            env |= {"GP_KERNEL_LOG_DIR": str(self.folder / "logs"), "PYTHONPATH": launch}
+            # it has no "any port", and by default it refuses root
+            env |= {"GP_RESPONSE_PORT": str(_free_port()), "GP_UNAUTHORIZED_USERS": "nobody"}
         return env
 
 

@@ -30,8 +30,10 @@ def at_once(contestants: list[Contestant], work: Path, rounds: int) -> list[Row]
         for which in LAG
     }
     cpu = Row(f"{COUNT} starts at once: CPU time of the host process", "ms", Series())
+    upstream = Series()
     try:
         for number in range(-1, rounds):
+            upstream.add("longest", 1000 * contestants[0].host.ask("nothing", count=COUNT)["longest"])
             for contestant in contestants:
                 if contestant.name == "peer" and number not in (0, 1):
                     continue  # twice will do: it takes half a minute
@@ -56,6 +58,10 @@ def at_once(contestants: list[Contestant], work: Path, rounds: int) -> list[Row]
         byhand.close()
         watcher.close()
     all_ready.notes.append("bare: launchers started by hand, a server of asyncio's TLS that knows three messages")
+    own = upstream.summary("longest")
+    if own:
+        text = f"{COUNT} starts with a provisioner that does nothing, on an idle machine, hold the loop up to"
+        late["longest"].notes.append(f"jupyter_client's own part: {text} {own.median:.0f} ms")
     late["p99"].notes.append("bare: an idle process's loop at the same time as ours, so under the same load")
     return [all_ready, *late.values(), cpu]
 

@@ -29,15 +29,22 @@ class Program:
         log: Takes its standard error.
         python: Interpreter that runs it.
         env: Its whole environment; None: ours.
+        arguments: Of its command line.
     """
 
     def __init__(
-        self, name: str, log: Path, *, python: str = sys.executable, env: Mapping[str, str] | None = None
+        self,
+        name: str,
+        log: Path,
+        *,
+        python: str = sys.executable,
+        env: Mapping[str, str] | None = None,
+        arguments: Sequence[str] = (),
     ) -> None:
         self.name, self.log = name, log
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
-                [python, str(PROGRAMS / f"{name}.py")],
+                [python, str(PROGRAMS / f"{name}.py"), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -95,8 +102,12 @@ class Program:
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self._process.wait()
 
 
 @dataclass

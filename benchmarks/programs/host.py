@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
 import signal
 import time
-from importlib.metadata import version
+from importlib.metadata import EntryPoint, distributions
 from typing import Any
 
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_client.provisioning import KernelProvisionerFactory
 from lines import serve
 from ticker import Ticker
 
@@ -156,6 +158,19 @@ async def crowd(count: int) -> dict[str, Any]:
     return {"seconds": seconds, "lag": lag, "failures": failures, "cpu": cpu}
 
 
+async def nothing(count: int) -> dict[str, float]:
+    """Start kernels that nobody starts, all at the same time: how late this loop is for jupyter_client's own part."""
+    provisioners = KernelProvisionerFactory.instance().provisioners
+    provisioners["null"] = EntryPoint("null", "null_provisioner:NullProvisioner", "jupyter_client.kernel_provisioners")
+    made = [AsyncKernelManager(kernel_name="nothing") for _ in range(count)]
+    ticker = Ticker()
+    await asyncio.gather(*(manager.start_kernel() for manager in made))
+    await asyncio.sleep(0.01)
+    lag = ticker.stop()
+    await asyncio.gather(*(_removed(manager) for manager in made))
+    return lag
+
+
 async def idle(kernels: int, seconds: float) -> dict[str, Any]:
     """Do nothing with some kernels running: how late this loop is, and what it costs."""
     slots = [f"idle-{number}" for number in range(kernels)]
@@ -180,11 +195,15 @@ async def forget(slot: str = "") -> None:
 
 
 async def about() -> dict[str, str]:
-    return {name: version(name) for name in ("jupyter_client", "ipykernel", "pyzmq", "tornado")}
+    """Names and versions of what this process uses."""
+    names = ("jupyter_client", "ipykernel", "pyzmq", "tornado", "gateway_provisioners")
+    found = {dist.metadata["Name"].replace("-", "_"): dist.version for dist in distributions()}
+    text = ", ".join(f"{name} {found[name]}" for name in names if name in found)
+    return {"versions": f"{text} on Python {platform.python_version()}"}
 
 
 async def main() -> None:
-    functions = (start, restart, interrupt, death, shutdown, stillborn, crowd, idle, forget, about)
+    functions = (start, restart, interrupt, death, shutdown, stillborn, crowd, nothing, idle, forget, about)
     await serve({function.__name__: function for function in functions})
     for slot in list(managers):
         await forget(slot)

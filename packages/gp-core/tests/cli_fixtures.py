@@ -66,7 +66,8 @@ class FarBackend(Backend):
             raise RuntimeError("unforeseen")
         if self.remote_hosts == ["hang"]:
             await asyncio.sleep(1000)
-        return [Finding(ok=host != "down", subject=f"host {host}", text="looked at", advice="" if host != "down" else "start it")
+        advice = {"down": "start it"}
+        return [Finding(ok=host != "down", subject=f"host {host}", text="looked at", advice=advice.get(host, ""))
                 for host in self.remote_hosts]
 
 class FarProvisioner(RemoteProvisioner):

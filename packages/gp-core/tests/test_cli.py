@@ -1,5 +1,7 @@
 """`jupyter gp` as a whole, its help, and `list`."""
 
+# ruff: noqa: F401, F811  fixtures are imported, and arguments of the same name
+
 from __future__ import annotations
 
 import subprocess
@@ -11,7 +13,7 @@ import pytest
 from gp_core import __version__, plugins
 from gp_core.cli import JupyterGP
 
-from .cli_fixtures import Gp, distribution, far, gp, site  # noqa: F401  fixtures
+from .cli_fixtures import Gp, distribution, far, gp, site
 
 COMMANDS = sorted(JupyterGP.subcommands)
 
@@ -88,7 +90,12 @@ def test_list_tells_why_a_plugin_is_not_used(gp: Gp, site: Path) -> None:
     (problem,) = gp.json("list")["problems"]
     assert problem["plugin"] == "broken"
     assert "gp_broken" in problem["reason"]
-    assert "plugin broken is not used" in gp("list").out
+    plugins.plugins.cache_clear()
+    ran = gp("list")
+    assert "plugin broken is not used" in ran.out
+    assert ran.err == ""
+    plugins.plugins.cache_clear()
+    assert "plugin broken" in gp("ps").err
 
 
 def test_a_configuration_file_and_options_of_classes_count(gp: Gp, tmp_path: Path) -> None:

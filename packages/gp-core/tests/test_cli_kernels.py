@@ -1,5 +1,7 @@
 """`jupyter gp ps`, `logs`, `stop` and `gc`, on made-up jobs and on one real kernel."""
 
+# ruff: noqa: F401, F811  fixtures are imported, and arguments of the same name
+
 from __future__ import annotations
 
 import dataclasses
@@ -18,7 +20,7 @@ from gp_core import server
 from gp_core.cli import kernels, stop
 from gp_core.store import FileStore, Owner, Record
 
-from .cli_fixtures import Gp, far, gp, site  # noqa: F401  fixtures
+from .cli_fixtures import Gp, far, gp, site
 from .conftest import launchers
 
 ALIVE = Owner.me()
@@ -144,6 +146,17 @@ class TestPs:
         (far / "stray").write_text("running")
         assert by_id(gp)["stray"]["record"] is False
         assert "no record" in gp("ps").out
+
+    def test_a_platform_that_cannot_be_asked_for_jobs_is_told_in_one_line(
+        self, gp: Gp, make: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make("k")
+        monkeypatch.setenv("FAR_DISCOVERY", "broken")
+        ran = gp("ps")
+        assert ran.code == 0
+        assert ran.err.startswith("note: ")
+        assert "kernels of far" in ran.err
+        assert ran.err.count("\n") == 1
 
 
 class TestLogs:

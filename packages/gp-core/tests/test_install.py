@@ -1,5 +1,7 @@
 """`jupyter gp install` and `jupyter gp params`."""
 
+# ruff: noqa: F401, F811  fixtures are imported, and arguments of the same name
+
 from __future__ import annotations
 
 import json
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .cli_fixtures import PLAIN, Gp, far, gp, site, stanza, write_spec  # noqa: F401  fixtures
+from .cli_fixtures import PLAIN, Gp, far, gp, site, stanza, write_spec
 
 pytestmark = pytest.mark.usefixtures("far")
 
@@ -304,7 +306,7 @@ class TestParameters:
             "opened_by": "kernelspec",
         }
         assert queue["choices"] == ["short", "long"]
-        assert (timeout["variable"], timeout["maximum"]) == ("KERNEL_LAUNCH_TIMEOUT", 600.0)
+        assert (timeout["variable"], timeout["maximum"]) == ("KERNEL_LAUNCH_TIMEOUT", 600)
         out = gp("params", "k-far").out
         assert "KERNEL_QUEUE" in out
         assert max(map(len, out.splitlines())) <= 80

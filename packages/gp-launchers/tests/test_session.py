@@ -322,11 +322,21 @@ def test_a_python_without_tls_13(launch, server):
     eventually(lambda: list(launch.runtime.iterdir()) == [])
 
 
-def test_a_crash_of_the_launcher_leaves_no_kernel(launch, server):
-    running = launch(tuned=("supervisor.Supervisor._on_ping = lambda self, message: 1 / 0",))
+def test_a_message_that_cannot_be_handled_costs_nothing(launch, server):
+    running = launch(tuned=("supervisor.Supervisor._on_signal = lambda self, message: 1 / 0",))
     connection, _ = server.meet()
-    kernel = connection.next("listening")["pid"]
+    connection.next("listening")
+    connection.send(type="signal", signum=2)
     connection.send(type="ping", n=1)
+    assert connection.next("pong")
+    assert "signal cannot be handled: ZeroDivisionError" in running.log
+
+
+def test_a_crash_of_the_launcher_leaves_no_kernel(launch, server):
+    running = launch(tuned=("supervisor.Supervisor._abandoned = lambda self: 1 / 0",))
+    connection, _ = server.meet(orphan_timeout=0)
+    kernel = connection.next("listening")["pid"]
+    connection.cut()
     assert running.wait() == 70
     assert not alive(kernel)
     assert "ZeroDivisionError" in running.log

@@ -59,7 +59,6 @@ class Driven:
             self.client = None
         if self.manager.has_kernel:
             self.do(self.manager.shutdown_kernel(**kwargs))
-        self.manager.session.close()
 
     @property
     def alive(self) -> bool:

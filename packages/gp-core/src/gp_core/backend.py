@@ -222,7 +222,10 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
         return False
 
     async def logs(self, handle: Handle, *, tail: int = 50) -> str:
-        """Return the last ``tail`` lines of the job's output; empty if the platform keeps none (the default)."""
+        """Return the last ``tail`` lines of the job's output; empty if the platform keeps none (the default).
+
+        A handle with only ``kernel_id`` asks for a kernel that is gone and whose record is, as far as the platform can tell.
+        """
         return ""
 
     async def discover(self, kernel_id: str | None = None) -> list[Handle]:

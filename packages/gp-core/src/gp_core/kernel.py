@@ -36,6 +36,7 @@ REDIAL = 10.0  # seconds that a restart waits for a lost session to come back, b
 HICCUP = 2.0  # seconds that a signal waits for it, before the platform is asked to deliver it
 MAX_BUNDLE = 120_000  # bytes; Linux allows 128 KiB for one variable
 STOP = 10.0  # seconds for a job to end before it is killed
+FORCED = 2.0  # the same in a hurry; not zero, because a launcher that is killed leaves files
 
 
 @dataclass(kw_only=True)
@@ -78,7 +79,7 @@ class RemoteKernel:
         self.session: Session | None = None
         self.capabilities: frozenset[str] = frozenset()
         self._ended = asyncio.Event()
-        self._connected = asyncio.Event()
+        self._connected, self._disconnected = asyncio.Event(), asyncio.Event()
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
         self._starting = False
         self._removed = False
@@ -95,7 +96,7 @@ class RemoteKernel:
         Raises:
             PluginError: Its backend is not installed.
         """
-        return cls(server, plugins().backend(record.backend)(**record.options), record)
+        return cls(server, plugins().backend(record.backend)(config=server.config, **record.options), record)
 
     # -- starting
 
@@ -268,6 +269,7 @@ class RemoteKernel:
             self._save_soon()
         self.session, self.capabilities = session, hello.capabilities
         self._connected.set()
+        self._disconnected.clear()
         if protocol1.MUTE not in self.capabilities:
             self._stop_looking()
         self._tell(Event.RESUMED if again else Event.CONNECTED, f"launcher {hello.launcher} at {session.address}")
@@ -297,6 +299,7 @@ class RemoteKernel:
             return
         self.session = None
         self._connected.clear()
+        self._disconnected.set()
         if self._removed:
             return
         self._tell(Event.LOST)
@@ -372,7 +375,7 @@ class RemoteKernel:
         """End launcher and job and forget the kernel; harmless when they are gone.
 
         Args:
-            force: Kill the job instead of asking it to end.
+            force: Give launcher and job little time to end by themselves.
             forget: Remove the record too; False before a full launch of the same kernel.
         """
         self._stop_lingering()
@@ -381,7 +384,7 @@ class RemoteKernel:
         if self.session is not None:
             self._send(protocol.shutdown(0 if force else 2))
         if self.record.handle is not None:
-            await self._terminate(self.record.handle, force=force)
+            await self._terminate(self.record.handle, FORCED if force else STOP)
         if self.exit_code is None:
             self.exit_code = -int(signals.SIGKILL)
             self._ended.set()
@@ -395,27 +398,27 @@ class RemoteKernel:
             if not already:
                 self._tell(Event.REMOVED)
 
-    async def _terminate(self, handle: Handle, *, force: bool) -> None:
-        deadline = time.monotonic() + STOP
-        while True:
+    async def _terminate(self, handle: Handle, grace: float) -> None:
+        """End a job: the launcher has been asked and tidies up; then the platform asks; then it kills."""
+        if self.session is not None:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._disconnected.wait(), grace)
+        for force, patience in ((False, grace), (True, STOP)):
             try:
                 await self.backend.terminate(handle, force=force)
-                if await asyncio.wait_for(self._gone(handle), max(deadline - time.monotonic(), 0.1)):
-                    return
+                await asyncio.wait_for(self._gone(handle), patience)
+                return
             except asyncio.TimeoutError:
-                if force:
-                    self.log.warning("kernel %s: its job did not end in time", self.info.kernel_id)
-                    return
-                force, deadline = True, time.monotonic() + STOP
+                continue
             except BackendError as error:
                 self.log.warning("kernel %s: its job cannot be ended: %s", self.info.kernel_id, error)
                 return
+        self.log.warning("kernel %s: its job did not end in time", self.info.kernel_id)
 
-    async def _gone(self, handle: Handle) -> bool:
+    async def _gone(self, handle: Handle) -> None:
         async for status in self.backend.watch(handle):
             if status.state in (State.GONE, State.UNKNOWN):
-                return True
-        return True
+                return
 
     async def abandon(self) -> None:
         """Remove a kernel whose start was confirmed just when the caller gave it up."""

@@ -117,14 +117,14 @@ class LocalBackend(Backend):
                 process.send_signal(signals.SIGKILL if force else signals.SIGTERM)  # the kernel dies with its launcher
 
     async def logs(self, handle: Handle, *, tail: int = 50) -> str:
-        return await blocking(_tail, Path(handle["log"]), tail)
+        return await blocking(_tail, Path(handle.get("log") or _log_path(handle["kernel_id"])), tail)
 
     async def discover(self, kernel_id: str | None = None) -> list[Handle]:
         return await blocking(_launchers, kernel_id)
 
     async def check(self) -> list[Finding]:
         folder = data_folder()
-        writable = os.access(folder if folder.exists() else folder.parent, os.W_OK)
+        writable = os.access(next(path for path in (folder, *folder.parents) if path.exists()), os.W_OK)
         advice = "" if writable else "make the folder writable or set GP_DATA_DIR"
         return [Finding(ok=writable, subject="embedded backend", text=f"data folder {folder}", advice=advice)]
 
@@ -135,7 +135,11 @@ class LocalBackend(Backend):
         for old in logs[:-100]:  # they outlive their kernels, to be read after a failure
             with contextlib.suppress(OSError):
                 old.unlink()
-        return folder / f"{kernel_id}.log"
+        return _log_path(kernel_id)
+
+
+def _log_path(kernel_id: str) -> Path:
+    return data_folder() / "logs" / f"{kernel_id}.log"
 
 
 def _spawn(argv: list[str], env: dict[str, str], log: Path) -> int:
@@ -172,7 +176,9 @@ def _reap(pid: int) -> int | None:
 
 
 def _launchers(kernel_id: str | None) -> list[Handle]:
-    found = []
+    found: list[Handle] = []
+    if not (data_folder() / "server.pem").exists():
+        return found  # nothing was ever started, and looking must not make a key
     me, pins = os.getuid(), ",".join(Identity.load(data_folder()).pins)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, IndexError, KeyError):
@@ -184,9 +190,10 @@ def _launchers(kernel_id: str | None) -> list[Handle]:
             options = dict(part[2:].split("=", 1) for part in argv if part.startswith("--") and "=" in part)
             identifier = options["kernel-id"]
             if kernel_id in (None, identifier) and options["public-key"] == pins:  # else another installation's
-                log = data_folder() / "logs" / f"{identifier}.log"
                 started = process.create_time()
-                found.append({"kernel_id": identifier, "pid": process.pid, "started": started, "log": str(log)})
+                found.append(
+                    {"kernel_id": identifier, "pid": process.pid, "started": started, "log": str(_log_path(identifier))}
+                )
     return found
 
 

@@ -269,7 +269,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         if server.protocol1 is not None and self.launcher_protocol == 1:
             values["public_key"] = server.protocol1.public_key
             values["response_address"] = server.ipv4_address(local=backend.runs_here)
-        if backend.runs_here:
+        if backend.runs_here or not wrapped or self.submit == "script":  # argv runs on this machine
             values |= {"resource_dir": self.kernel_spec.resource_dir, "prefix": sys.prefix}
             if argv[0] in ("python", "python3", f"python{sys.version_info[0]}.{sys.version_info[1]}"):
                 argv[0] = sys.executable
@@ -282,6 +282,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
             f"--response-address={','.join(server.addresses(local=backend.runs_here))}",
             f"--public-key={server.pins}",
             f"--port-range={ports}",
+            f"--orphan-timeout={self._orphan_timeout():g}",
         ]
 
     def _encryption(self) -> str:

@@ -88,6 +88,7 @@ class Runtime:
                 log.exception("%s failed", name)
 
         task = self.loop.create_task(logged(), name=name)
+        task.add_done_callback(lambda _: work.close())  # cancelled before it began, it would never be awaited
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

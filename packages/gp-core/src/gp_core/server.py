@@ -89,7 +89,7 @@ class KernelServer(LoggingConfigurable):
                 return
             self.identity = await runtime().blocking(Identity.load, data_folder())
             made = Rendezvous(self.identity.context(), self._doorkeeper, self._hand_over)
-            self.port = await made.listen(self._bind_addresses(), self.response_port, self.response_port_retries)
+            self.port = await made.listen(self.bind_addresses(), self.response_port, self.response_port_retries)
             self.rendezvous = made
             self.log.info("launchers call back to %s", ", ".join(self.addresses(local=False)))
             runtime().at_exit.append(self._farewell)
@@ -121,7 +121,8 @@ class KernelServer(LoggingConfigurable):
                 return address
         raise ConfigError("launchers of protocol 1 need an IPv4 address to call back to: set GP_RESPONSE_IP to one")
 
-    def _bind_addresses(self) -> list[str]:
+    def bind_addresses(self) -> list[str]:
+        """Return what the listener binds."""
         if self.bind_ip:
             return [ip.strip() for ip in self.bind_ip.split(",")]
         if not self.response_addr_any and all(backend.runs_here for backend in plugins().backends.values()):
@@ -134,7 +135,7 @@ class KernelServer(LoggingConfigurable):
         Args:
             local: The launcher runs on this machine.
         """
-        bound = self._bind_addresses()
+        bound = self.bind_addresses()
         if local and {"0.0.0.0", "127.0.0.1"} & set(bound):
             hosts = ["127.0.0.1"]
         elif self.response_ip:

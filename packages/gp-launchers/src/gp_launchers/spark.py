@@ -33,17 +33,18 @@ def adapt(argv: list[str], options: Options, folder: str, log: Log) -> list[str]
     mode = options.spark_context_initialization_mode
     if mode != "none":
         path = os.path.join(folder, "spark_start.py")
-        write_private(path, f"{_CODE}\n_gp_spark({mode!r}, globals())\ndel _gp_spark\n")
+        write_private(path, f"{_CODE}\n_gp_spark({mode!r}, {folder!r}, globals())\ndel _gp_spark\n")
         # Run in the user's namespace before the first message is read, and left out of %who.
         result.append(f"--IPKernelApp.exec_files={path}")
     return result
 
 
 _CODE = '''\
-def _gp_spark(mode, namespace):
+def _gp_spark(mode, folder, namespace):
     import os
     import sys
     import threading
+    import time
 
     def connect():
         from pyspark.sql import SparkSession
@@ -78,6 +79,15 @@ def _gp_spark(mode, namespace):
             if name in found and (mode == "eager" or isinstance(namespace.get(name), Pending)):
                 namespace[name] = found[name]
 
+    def start_soon():
+        # IPython has the folder of this file at the head of sys.path until the file is done. Taking it out while an
+        # import of another thread walks along the list makes that import skip an entry.
+        for _ in range(500):
+            if folder not in sys.path:
+                break
+            time.sleep(0.01)
+        start()
+
     class Pending:
         """Stands for `spark` or `sc`: waits for it when it is used."""
 
@@ -111,6 +121,6 @@ def _gp_spark(mode, namespace):
     if mode == "eager":
         start()
     else:
-        thread = threading.Thread(target=start, name="spark-start", daemon=True)
+        thread = threading.Thread(target=start_soon, name="spark-start", daemon=True)
         thread.start()
 '''

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import platform
 import signal
 import socket
+import sys
 import time
 
 from . import __version__, wire
@@ -259,7 +259,7 @@ class Supervisor:
             "token": self._token,
             "secret": self._secret,
             "launcher": __version__,
-            "python": platform.python_version(),
+            "python": "{}.{}.{}".format(*sys.version_info),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "capabilities": ["restart", "signal"] if self._kernel.can_restart else ["signal"],
@@ -303,7 +303,10 @@ class Supervisor:
         known = session.accepted or message["type"] in ("accepted", "refused", "ping")
         handler = self._handlers.get(message["type"])
         if handler is not None and known and session is self._dialer.session:
-            handler(message)
+            try:
+                handler(message)
+            except Exception as error:  # whatever a message does to us, the user's kernel is worth more
+                self._log("%s cannot be handled: %s: %s", message["type"], type(error).__name__, error)
 
     def on_closed(self, session: Session, why: str, refused: bool) -> None:
         """Dial again; from now on the kernel is an orphan."""
@@ -351,7 +354,7 @@ class Supervisor:
 
     def _on_signal(self, message: Message) -> None:
         number = message.get("signum")
-        if isinstance(number, int) and 0 < number < signal.NSIG and self._kernel.exit is None:
+        if type(number) is int and 0 < number < signal.NSIG and self._kernel.exit is None:
             self._kernel.signal(number)
 
     def _on_shutdown(self, message: Message) -> None:

@@ -14,6 +14,7 @@ class List(Command):
     name = "jupyter-gp-list"
     verb = "list"
     summary = "List the installed backends, and the provisioners of kernel.json that use them."
+    tells_problems = True
 
     def run(self) -> int:
         found = installed()

@@ -38,7 +38,7 @@ def user_findings(server: KernelServer, config: Config) -> list[Finding]:
 
 def callback_findings(server: KernelServer) -> list[Finding]:
     """Bind the listener's addresses for a moment, and connect to each that launchers would be told to dial."""
-    bound = server._bind_addresses()
+    bound = server.bind_addresses()
     first = server.response_port
     last = first + server.response_port_retries if first else first
     problem = OSError()

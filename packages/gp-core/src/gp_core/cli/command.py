@@ -24,6 +24,13 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+class _Note(logging.Formatter):
+    """One line, whatever a platform's client has written."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"note: {record.getMessage().strip().splitlines()[0]}"
+
+
 class Command(JupyterApp):
     """One subcommand.
 
@@ -36,6 +43,7 @@ class Command(JupyterApp):
     usage: ClassVar[str | None] = None  #: of a command with many arguments
     details: ClassVar[str] = ""  #: the rest of the help
     prints_data: ClassVar[bool] = True  #: has --json
+    tells_problems: ClassVar[bool] = False  #: of plugins itself, so that no warning has to
 
     code = 0  #: exit code
 
@@ -83,7 +91,16 @@ class Command(JupyterApp):
         return ""  # arguments are not the names of further commands
 
     def start(self) -> None:
-        self.code = self.run()
+        notes = logging.StreamHandler(sys.stderr)
+        notes.setFormatter(_Note())
+        logger, loading = logging.getLogger("gp_core"), logging.getLogger("gp_core.plugins")
+        logger.addHandler(notes)
+        loading.setLevel(logging.ERROR if self.tells_problems else logging.NOTSET)
+        try:
+            self.code = self.run()
+        finally:
+            logger.removeHandler(notes)
+            loading.setLevel(logging.NOTSET)
 
     # -- for the commands
 
@@ -136,9 +153,12 @@ def all_options() -> str:
     classes: list[type[HasTraits]] = [KernelServer, ProvisionerOptions, *plugins().backends.values()]
     parts = []
     for cls in classes:
+        own = sorted(cls.class_own_traits(config=True).items())
+        if not own:
+            continue
         summary = (cls.__doc__ or "").strip().partition("\n")[0]
         lines = [f"{cls.__name__}: {summary}", ""]
-        for name, trait in sorted(cls.class_own_traits(config=True).items()):
+        for name, trait in own:
             variable = f"  [{trait.metadata['env']}]" if "env" in trait.metadata else ""
             lines += [f"  --{cls.__name__}.{name}=<{type(trait).__name__}>{variable}", f"      {trait.help}"]
         parts.append("\n".join(lines))

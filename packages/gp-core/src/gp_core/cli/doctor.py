@@ -36,6 +36,7 @@ class Doctor(Command):
     name = "jupyter-gp-doctor"
     verb = "doctor"
     summary = "Look for what would keep kernels from starting, and say what to do."
+    tells_problems = True
     details = """\
 With KERNELSPEC only that one is checked, in detail, and its backend with its
 options. The exit code is 1 when something is not right."""

@@ -131,9 +131,8 @@ kernelspec (metadata.parameters) or by the operator (client_parameters)."""
         timeout = Parameter(
             name="launch_timeout",
             kind="number",
-            minimum=0,
-            maximum=cap,
-            description="Seconds until a silent start is given up; more than the maximum counts as the maximum.",
+            maximum=int(cap) if cap.is_integer() else cap,
+            description="Seconds until a silent start is given up.",
         )
         every = {**opened(policy, own)}
         rows = [

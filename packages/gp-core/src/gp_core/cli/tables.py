@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -30,8 +30,10 @@ def show(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, right: Iterable
         right: Titles of columns that hold numbers.
     """
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for title in head:
-        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    for number, title in enumerate(head):
+        # the first column is what people copy: never broken
+        justify: JustifyMethod = "right" if title in right else "left"
+        table.add_column(title, justify=justify, overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
     console().print(table)

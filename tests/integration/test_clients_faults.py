@@ -1,0 +1,336 @@
+"""kill -9, SIGSTOP and cut lines at every stage, with real servers, launchers and kernels."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from gp_core import testing
+from gp_core.errors import CALLBACK_UNREACHABLE, KERNEL_DIED, LAUNCHER_DIED, NO_SPACE, LaunchFailed
+from gp_core.kernel import RemoteKernel
+from gp_core.local import LocalBackend
+from gp_core.server import KernelServer
+from jupyter_client.manager import AsyncKernelManager
+from support.installation import Installation, wait_until
+
+TINY = Path(testing.__file__).with_name("tiny_kernel.py")
+VICTIM = Path(__file__).parent / "support" / "victim.py"
+GP = str(Path(sys.executable).with_name("jupyter-gp"))
+ORPHAN = 2.0
+
+
+class Victim:
+    """A server process with one kernel."""
+
+    def __init__(self, installation: Installation, **env: str) -> None:
+        pipe = subprocess.PIPE
+        argv = [sys.executable, str(VICTIM), "tiny"]
+        self.process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **env})
+        installation.own.add(self.process.pid)
+
+    def hear(self) -> dict[str, Any]:
+        """Return the next thing it says; {} at its end."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        heard: dict[str, Any] = json.loads(line) if line else {}
+        return heard
+
+    def ask(self, what: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self.hear()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+@pytest.fixture
+def victim(installation: Installation) -> Iterator[Callable[..., Victim]]:
+    """Start a server with one tiny kernel whose orphan timeout is short."""
+    spec = {"argv": ["python3", str(TINY), "{connection_file}", "serve"]}
+    installation.jupyter.install_spec("tiny", spec, config={"orphan_timeout": ORPHAN})
+    installation.jupyter.install_spec("patient", spec, config={"orphan_timeout": 60})
+    started: list[Victim] = []
+
+    def start(**env: str) -> Victim:
+        made = Victim(installation, **env)
+        started.append(made)
+        return made
+
+    yield start
+    for one in started:
+        one.end()
+
+
+def collect(installation: Installation, *options: str) -> None:
+    """Run ``jupyter gp gc``, as an operator would."""
+    subprocess.run([GP, "gc", *options], check=True, timeout=60, capture_output=True)
+
+
+def ps() -> dict[str, dict[str, Any]]:
+    """What ``jupyter gp ps`` says, by kernel id."""
+    done = subprocess.run([GP, "ps", "--json"], check=True, timeout=60, capture_output=True, text=True)
+    return {row["kernel_id"]: row for row in json.loads(done.stdout)["kernels"]}
+
+
+# The server
+
+
+STAGES = ["before record", "before plugins", "before launch", "after launch", "before confirm", "before connected", "after confirm"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_server_killed_while_it_starts_a_kernel_leaves_nothing_for_long(
+    installation: Installation, victim: Callable[..., Victim], stage: str
+) -> None:
+    dying = victim(DIE_AT=stage)
+    assert dying.hear() == {"died": stage}
+    dying.process.wait(10)
+    wait_until(lambda: not installation.processes(), ORPHAN + 10)
+    collect(installation)
+    assert installation.records() == []
+
+
+def test_a_killed_servers_kernel_ends_by_its_lease(installation: Installation, victim: Callable[..., Victim]) -> None:
+    one = victim()
+    heard = one.hear()
+    one.end()
+    assert psutil.pid_exists(heard["launcher"])
+    assert not ps()[heard["kernel_id"]]["owner"]["alive"]
+    wait_until(lambda: not installation.processes(), ORPHAN + 10)
+    collect(installation)
+    assert installation.records() == []
+
+
+def test_a_stopped_server_finds_its_kernel_again(installation: Installation, victim: Callable[..., Victim]) -> None:
+    one = victim()
+    launcher = one.hear()["launcher"]
+    one.process.send_signal(signal.SIGSTOP)
+    time.sleep(ORPHAN / 2)
+    one.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: one.ask("connected")["connected"], 20)
+    assert one.ask("alive") == {"alive": True}
+    assert psutil.pid_exists(launcher)
+    assert one.ask("shutdown") == {"done": True}
+
+
+def test_a_server_stopped_for_too_long_finds_its_kernel_dead(installation: Installation, victim: Callable[..., Victim]) -> None:
+    one = victim()
+    launcher = psutil.Process(one.hear()["launcher"])
+    one.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: not launcher.is_running() or launcher.status() == psutil.STATUS_ZOMBIE, ORPHAN + 20)
+    one.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: one.ask("alive") == {"alive": False}, 10)
+    assert one.ask("shutdown") == {"done": True}
+
+
+def test_a_restarted_server_with_the_same_key_and_port_is_called_again(
+    installation: Installation, victim: Callable[..., Victim]
+) -> None:
+    one = victim()
+    heard = one.hear()
+    one.end()
+    two = victim(GP_RESPONSE_PORT=str(heard["port"]), GP_RESPONSE_PORT_RETRIES="0")
+    assert two.hear()["port"] == heard["port"]
+    wait_until(lambda: heard["kernel_id"] in two.ask("connected")["kernels"], 20)
+    time.sleep(ORPHAN + 1)
+    assert psutil.pid_exists(heard["launcher"]), "its lease ended though a server had accepted it"
+    row = ps()[heard["kernel_id"]]
+    assert row["owner"]["alive"]
+    assert two.ask("shutdown") == {"done": True}
+    two.end()
+    wait_until(lambda: not installation.processes(), ORPHAN + 10)
+    collect(installation)
+
+
+# Kernel and launcher, at every stage of a start
+
+
+@pytest.fixture
+async def tiny(installation: Installation) -> AsyncKernelManager:
+    """A manager of a tiny kernel."""
+    spec = {"argv": ["python3", str(TINY), "{connection_file}", "serve"]}
+    installation.jupyter.install_spec("tiny", spec, config={"launch_timeout": 20})
+    return AsyncKernelManager(kernel_name="tiny")
+
+
+async def test_a_launcher_killed_before_it_calls(tiny: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = LocalBackend.launch
+
+    async def shot(self: LocalBackend, request: Any) -> Any:
+        handle = await launch(self, request)
+        os.kill(handle["pid"], signal.SIGKILL)
+        return handle
+
+    monkeypatch.setattr(LocalBackend, "launch", shot)
+    began = time.monotonic()
+    with pytest.raises(LaunchFailed) as caught:
+        await tiny.start_kernel()
+    assert time.monotonic() - began < 3
+    assert caught.value.failure is LAUNCHER_DIED
+
+
+@pytest.mark.parametrize(("whom", "reason"), [("launcher", LAUNCHER_DIED), ("kernel", KERNEL_DIED)])
+async def test_killed_between_call_and_listening(
+    installation: Installation, monkeypatch: pytest.MonkeyPatch, whom: str, reason: object
+) -> None:
+    spec = {"argv": ["python3", str(TINY), "{connection_file}", "never"]}
+    installation.jupyter.install_spec("mute", spec)
+    connected = RemoteKernel.connected
+
+    def shot(self: RemoteKernel, session: Any, hello: Any) -> Any:
+        answer = connected(self, session, hello)
+        launcher = psutil.Process(hello.pid)
+        (launcher if whom == "launcher" else launcher.children()[0]).kill()
+        return answer
+
+    monkeypatch.setattr(RemoteKernel, "connected", shot)
+    with pytest.raises(LaunchFailed) as caught:
+        await AsyncKernelManager(kernel_name="mute").start_kernel()
+    assert caught.value.failure is reason
+    if whom == "launcher":
+        monkeypatch.undo()
+        await swept_by_the_next(installation)
+
+
+async def swept_by_the_next(installation: Installation) -> None:
+    """Start another launcher: it deletes what one that was killed left behind, once that cannot be a newcomer's."""
+    (left,) = (installation.home / "launchers").iterdir()
+    os.utime(left, (0, 0))
+    installation.jupyter.install_spec("tiny", {"argv": ["python3", str(TINY), "{connection_file}", "serve"]})
+    km = AsyncKernelManager(kernel_name="tiny")
+    await km.start_kernel()
+    await km.shutdown_kernel(now=True)
+    assert not left.exists()
+
+
+async def test_a_callback_that_nobody_can_reach_is_named(tiny: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KernelServer, "addresses", lambda self, *, local: ["192.0.2.1:9"])
+    monkeypatch.setattr("gp_core.provisioner.RemoteProvisioner.launch_timeout", 1.5)
+    tiny.kernel_spec.metadata["kernel_provisioner"]["config"]["launch_timeout"] = 1.5
+    with pytest.raises(LaunchFailed) as caught:
+        await tiny.start_kernel()
+    assert caught.value.failure is CALLBACK_UNREACHABLE
+    assert "jupyter gp doctor" in str(caught.value)
+
+
+# The line
+
+
+class Line:
+    """A wire between launchers and server that can be cut; what is on it then is lost, as with a pulled cable."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.whole = True
+        self._moving: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> int:
+        self._server = await asyncio.start_server(self._joined, "127.0.0.1", 0)
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def _joined(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection("127.0.0.1", self.port)
+        for source, target in ((reader, there[1]), (there[0], writer)):
+            task = asyncio.create_task(self._move(source, target))
+            self._moving.add(task)
+            task.add_done_callback(self._moving.discard)
+
+    async def _move(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while data := await reader.read(65536):
+                while not self.whole:
+                    await asyncio.sleep(0.05)
+                writer.write(data)
+        except OSError:
+            pass
+        finally:
+            writer.close()
+
+    async def close(self) -> None:
+        self._server.close()
+        for task in list(self._moving):
+            task.cancel()
+        await asyncio.gather(*self._moving, return_exceptions=True)
+        await asyncio.sleep(0.05)
+
+
+async def test_a_cut_line_loses_no_kernel_and_starts_no_second_one(
+    installation: Installation, tiny: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partition of many times the silence after which both ends take the session for broken."""
+    monkeypatch.setattr("gp_core.kernel.PING", 0.2)
+    monkeypatch.setattr("gp_core.rendezvous.SILENCE", 0.6)
+    addresses, lines = KernelServer.addresses, []
+
+    async def through() -> None:
+        from gp_core.server import kernel_server
+        from gp_core.runtime import runtime
+
+        await runtime().call(kernel_server().open())
+        line = Line(kernel_server().port)
+        port = await line.open()
+        lines.append(line)
+        monkeypatch.setattr(KernelServer, "addresses", lambda self, *, local: [f"127.0.0.1:{port}"])
+
+    await through()
+    await tiny.start_kernel()
+    try:
+        kernel = tiny.provisioner._kernel
+        pids = set(installation.processes())
+        lines[0].whole = False
+        deadline = time.monotonic() + 10
+        while kernel.session is not None and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        assert kernel.session is None
+        for _ in range(30):
+            assert await tiny.is_alive()
+            await asyncio.sleep(0.1)
+        lines[0].whole = True
+        deadline = time.monotonic() + 40
+        while kernel.session is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        assert kernel.session is not None
+        assert await tiny.is_alive()
+        assert set(installation.processes()) == pids
+    finally:
+        await tiny.shutdown_kernel(now=True)
+        await lines[0].close()
+        assert addresses
+
+
+# The disk
+
+
+@pytest.mark.parametrize("options", ["size=4k", "size=1m,ro"])
+async def test_a_full_or_read_only_runtime_folder_is_named(
+    tiny: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, options: str
+) -> None:
+    if os.getuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(tmp_path)], check=True)
+    try:
+        if "ro" not in options:
+            (tmp_path / "ballast").write_bytes(b"x" * 4096)
+        monkeypatch.setenv("GP_RUNTIME_DIR", str(tmp_path))
+        with pytest.raises(LaunchFailed) as caught:
+            await tiny.start_kernel()
+        assert caught.value.failure is NO_SPACE
+        assert str(tmp_path) in str(caught.value)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
