@@ -146,7 +146,9 @@ def _result(row: Row) -> str:
 
 def save(rows: list[Row], facts: dict[str, Any], path: Path) -> None:
     """Write everything, samples included, as JSON."""
-    path.write_text(json.dumps(_finite({"machine": facts, "figures": [row.to_json() for row in rows]}), indent=1) + "\n")
+    path.write_text(
+        json.dumps(_finite({"machine": facts, "figures": [row.to_json() for row in rows]}), indent=1) + "\n"
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -20,59 +20,55 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def in_turn(contestants: Iterable[Contestant], series: Series, measure: Callable[[Contestant], float]) -> None:
-    """Take one sample of each contestant."""
+    """Take one sample of each contestant; one that has only failed until now is not asked again."""
     for contestant in contestants:
+        if contestant.name in series.problems and series.summary(contestant.name) is None:
+            continue
         try:
             series.add(contestant.name, measure(contestant))
         except Failed as error:
-            series.fail(contestant.name, str(error))
-
-
-def _step(contestants: list[Contestant], series: Series, step: str) -> None:
-    command, arguments = COMMANDS[step]
-
-    def measure(contestant: Contestant) -> float:
-        try:
-            return 1000 * contestant.host.ask(command, **arguments)
-        except Failed:
             contestant.host.ask("forget")
-            raise
-
-    in_turn(contestants, series, measure)
+            series.fail(contestant.name, str(error))
 
 
 def life(contestants: list[Contestant], wanted: set[str], rounds: int) -> list[Row]:
     """Rounds of start, interrupt, restart, restart now, shutdown; then start, kill -9."""
-    goals = {
-        "start": ("start to ready (ipykernel)", Goal(1.2, of="local")),
-        "restart": ("restart", Goal(1.2, of="local")),
-        "restart-now": ("restart now", Goal(1.2, of="local")),
-        "interrupt": ("interrupt to execute_reply", Goal(1.2, of="local")),
-        "death": ("kill -9 until poll() says so", Goal(50)),
-        "shutdown": ("shutdown", Goal(1.5, of="local")),
+    rows = {
+        "start": Row("start to ready (ipykernel)", "ms", Series(), Goal(1.2, of="local")),
+        "interrupt": Row("interrupt: call to execute_reply", "ms", Series(), Goal(1.2, of="local")),
+        "restart": Row("restart", "ms", Series(), Goal(1.2, of="local")),
+        "restart-now": Row("restart now", "ms", Series(), Goal(1.2, of="local")),
+        "shutdown": Row("shutdown", "ms", Series(), Goal(1.5, of="local")),
+        "death": Row("death: kill -9 until poll() says so", "ms", Series(), Goal(50)),
     }
-    rows = {step: Row(text, "ms", Series(), goal) for step, (text, goal) in goals.items() if step in wanted}
-    for number in range(-1, rounds):  # the first is to warm up: byte code, file cache, the listener
-        for step in LIFE:
+    steps = [step for step in LIFE if step in wanted | {"start", "shutdown"}]
+    for number in range(-1, rounds):
+        for step in steps:
             if step == "death":
-                _step(contestants, Series(), "start")
-            elif step not in ("start", "shutdown") and step not in wanted:
-                continue
-            counted = number >= 0 and step in wanted
-            _step(contestants, rows[step].series if counted else Series(), step)
+                in_turn(contestants, Series(), lambda contestant: contestant.host.ask("start", kernel="ipykernel"))
+            command, arguments = COMMANDS[step]
+            in_turn(contestants, rows[step].series, _sample(command, arguments))
         for contestant in contestants:
             contestant.host.ask("forget")
-    return list(rows.values())
+        if number < 0:  # to warm up: byte code, file cache, the listener
+            for row in rows.values():
+                row.series.forget()
+    return [row for step, row in rows.items() if step in wanted]
+
+
+def _sample(command: str, arguments: dict[str, Any]) -> Callable[[Contestant], float]:
+    return lambda contestant: 1000 * contestant.host.ask(command, **arguments)
 
 
 def own_cost(contestants: list[Contestant], rounds: int) -> list[Row]:
     """Start and shutdown now of a kernel that is ready at once."""
     row = Row("own cost of a start (kernel ready at once)", "ms", Series(), Goal(120))
     for number in range(-1, rounds):
-        series = row.series if number >= 0 else Series()
-        in_turn(contestants, series, lambda contestant: 1000 * contestant.host.ask("start", kernel="instant"))
+        in_turn(contestants, row.series, _sample("start", {"kernel": "instant"}))
         for contestant in contestants:
             contestant.host.ask("forget")
+        if number < 0:
+            row.series.forget()
     over = row.series.compared("ours", "local", lambda mine, local: mine - local)
     if over:
         row.notes.append(f"{over.median:.0f} ms more than the local provisioner needs for the same kernel")

@@ -10,10 +10,11 @@ from jupyter_client.provisioning import KernelProvisionerBase
 class NullProvisioner(KernelProvisionerBase):
     """Its kernels are ready before they exist."""
 
-    has_process = False
+    has_process = True
+    ended = False
 
     async def poll(self) -> int | None:
-        return None
+        return 0 if self.ended else None
 
     async def wait(self) -> int | None:
         return 0
@@ -22,10 +23,10 @@ class NullProvisioner(KernelProvisionerBase):
         pass
 
     async def kill(self, restart: bool = False) -> None:
-        pass
+        self.ended = True
 
     async def terminate(self, restart: bool = False) -> None:
-        pass
+        self.ended = True
 
     async def cleanup(self, restart: bool = False) -> None:
         pass
@@ -34,14 +35,12 @@ class NullProvisioner(KernelProvisionerBase):
         return await super().pre_launch(cmd=list(self.kernel_spec.argv), **kwargs)
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
-        manager = self.parent
-        ports = (manager.shell_port, manager.iopub_port, manager.stdin_port, manager.hb_port, manager.control_port)
         names = ("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port")
         self.connection_info = {
-            **dict(zip(names, ports, strict=True)),
+            **{name: 9 for name in names},  # nobody is there
             "ip": "127.0.0.1",
             "transport": "tcp",
-            "key": manager.session.key,
-            "signature_scheme": manager.session.signature_scheme,
+            "key": self.parent.session.key,
+            "signature_scheme": self.parent.session.signature_scheme,
         }
         return self.connection_info

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import gp_facts
@@ -28,6 +30,20 @@ class _Console(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         text = type(self).make(*self.arguments)
         return [nodes.literal_block(text, text, language="text")]
+
+
+class Picture(SphinxDirective):
+    """An SVG file inside the page, where it takes colours and fonts from the theme, with the content as caption."""
+
+    required_arguments = 1
+    has_content = True
+
+    def run(self) -> list[nodes.Node]:
+        path = Path(self.env.doc2path(self.env.docname)).parent / self.arguments[0]
+        self.env.note_dependency(path)
+        caption = html.escape(" ".join(self.content))
+        figure = f'<figure class="gp-picture">{path.read_text()}<figcaption>{caption}</figcaption></figure>'
+        return [nodes.raw("", figure, format="html")]
 
 
 def _directive(base: type[SphinxDirective], make: Callable[..., str]) -> type[SphinxDirective]:
@@ -58,5 +74,6 @@ def setup(app: Sphinx) -> dict[str, Any]:
     ):
         app.add_directive(name, _directive(base, make))
     app.connect("autodoc-process-docstring", _no_type_before_colon, priority=400)
+    app.add_directive("gp-picture", Picture)
     app.add_role("value", value_role)
     return {"parallel_read_safe": True}

@@ -20,12 +20,7 @@ from gp_core.options import POLICY, WITHOUT_EFFECT, ProvisionerOptions
 from gp_core.plugins import plugins
 from gp_core.server import KernelServer
 
-WHERE = {
-    "process": "configuration, environment; never kernel.json",
-    "policy": "configuration, environment; kernel.json may only narrow it",
-    "operator": "configuration, environment; never kernel.json",
-    "launch": "kernel.json, configuration, environment",
-}
+EXCEPT = {"operator": "; never in kernel.json"}
 NEVER_NARROWED = ("client_parameters", "env_passthrough")  # policy that a kernelspec must not touch at all
 
 
@@ -36,7 +31,7 @@ class Option:
     Args:
         name: Key of kernel.json and name of the trait.
         owner: Class to name in a configuration file.
-        kind: Key of `WHERE`.
+        kind: process, policy, operator (policy that no kernelspec may touch) or launch.
         type: Of its value.
         default: As Python writes it.
         variable: Of the environment, if there is one.
@@ -52,15 +47,12 @@ class Option:
     help: str
 
     def markdown(self) -> str:
-        where = WHERE[self.kind] if self.variable else WHERE[self.kind].replace(", environment", "")
+        places = f"`c.{self.owner}.{self.name}`" + (f" or `{self.variable}`" if self.variable else "")
         lines = [
             f"```{{confval}} {self.name}",
-            f":type: {self.type}",
-            f":default: `{self.default}`",
-            "",
             self.help,
             "",
-            f"`c.{self.owner}.{self.name}`" + (f", `{self.variable}`" if self.variable else "") + f" ({where})",
+            f"{self.type.capitalize()}; default `{self.default}`. Set {places}{EXCEPT.get(self.kind, '')}.",
             "```",
         ]
         return "\n".join(lines)
@@ -135,7 +127,10 @@ def without_effect_markdown() -> str:
 
 def reasons_markdown() -> str:
     """Return the table of the core's failure reasons."""
-    rows = [f"| [`{reason.code}`](../howto/troubleshooting.md#{reason.code.lower()}) | {reason.advice} |" for reason in REASONS]
+    rows = [
+        f"| [`{reason.code}`](../howto/troubleshooting.md#{reason.code.lower()}) | {reason.advice} |"
+        for reason in REASONS
+    ]
     return "\n".join(["| code | advice in the message |", "|---|---|", *rows])
 
 

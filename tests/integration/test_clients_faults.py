@@ -91,7 +91,15 @@ def ps() -> dict[str, dict[str, Any]]:
 # The server
 
 
-STAGES = ["before record", "before plugins", "before launch", "after launch", "before confirm", "before connected", "after confirm"]
+STAGES = [
+    "before record",
+    "before plugins",
+    "before launch",
+    "after launch",
+    "before confirm",
+    "before connected",
+    "after confirm",
+]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -129,7 +137,9 @@ def test_a_stopped_server_finds_its_kernel_again(installation: Installation, vic
     assert one.ask("shutdown") == {"done": True}
 
 
-def test_a_server_stopped_for_too_long_finds_its_kernel_dead(installation: Installation, victim: Callable[..., Victim]) -> None:
+def test_a_server_stopped_for_too_long_finds_its_kernel_dead(
+    installation: Installation, victim: Callable[..., Victim]
+) -> None:
     one = victim()
     launcher = psutil.Process(one.hear()["launcher"])
     one.process.send_signal(signal.SIGSTOP)
@@ -219,7 +229,9 @@ async def swept_by_the_next(installation: Installation) -> None:
     assert not left.exists()
 
 
-async def test_a_callback_that_nobody_can_reach_is_named(tiny: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_callback_that_nobody_can_reach_is_named(
+    tiny: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(KernelServer, "addresses", lambda self, *, local: ["192.0.2.1:9"])
     monkeypatch.setattr("gp_core.provisioner.RemoteProvisioner.launch_timeout", 1.5)
     tiny.kernel_spec.metadata["kernel_provisioner"]["config"]["launch_timeout"] = 1.5

@@ -8,13 +8,17 @@ import os
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jupyter_client.asynchronous.client import AsyncKernelClient
 from jupyter_client.ioloop.manager import AsyncIOLoopKernelManager, IOLoopKernelManager
 from jupyter_client.manager import AsyncKernelManager, KernelManager
+from jupyter_core.utils import ensure_async
 from support.driven import Driven, driven
 from support.installation import Installation, wait_until
 from traitlets.config import Config
@@ -111,7 +115,9 @@ def test_interrupts_of_an_idle_kernel_are_harmless(
 
 def test_interrupt_reaches_children_of_the_kernel(installation: Installation, spec: str) -> None:
     with driven(KernelManager(kernel_name=spec)) as kernel:
-        cell = kernel.start_cell("print('running', flush=True)\nimport os; os.system('sleep 60')\nprint('on')", "running")
+        cell = kernel.start_cell(
+            "print('running', flush=True)\nimport os; os.system('sleep 60')\nprint('on')", "running"
+        )
         wait_until(lambda: any("sleep 60" in line for line in installation.processes().values()), 10)
         kernel.manager.interrupt_kernel()
         kernel.reply(cell)
@@ -187,97 +193,93 @@ def test_exit_code_is_told(installation: Installation, spec: str, manager_class:
 FAST = Config({"KernelRestarter": {"time_to_dead": 0.2, "stable_start_time": 1.0}})
 
 
-class Restarter:
-    """Counts what a manager's restarter calls back."""
-
-    def __init__(self, manager: Any) -> None:
-        self.seen: list[str] = []
-        manager.add_restart_callback(lambda: self.seen.append("restart"), "restart")
-        manager.add_restart_callback(lambda: self.seen.append("dead"), "dead")
-
-
 async def happens(condition: Callable[[], object], within: float) -> None:
-    """Wait for a condition while the loop runs."""
+    """Wait for a condition while the loop runs; the condition may be async."""
     deadline = time.monotonic() + within
-    while not condition():
+    while not await ensure_async(condition()):
         assert time.monotonic() < deadline, "it did not happen in time"
         await asyncio.sleep(0.02)
 
 
-async def _answers(client: Any, code: str) -> str:
-    seen: list[str] = []
-    await client.execute_interactive(
-        code, timeout=20, store_history=False, output_hook=lambda message: seen.append(message["content"].get("text", ""))
-    )
-    return "".join(seen)
+@dataclass
+class Watched:
+    """A kernel under the eyes of a restarter, in a running loop.
 
+    Args:
+        manager: Of the kernel.
+        told: What the restarter has called back.
+        client: Async, whatever the manager is, so that the loop runs on.
+    """
 
-async def test_autorestart_async(installation: Installation, spec: str) -> None:
-    manager = AsyncIOLoopKernelManager(kernel_name=spec, config=FAST)
-    told = Restarter(manager)
-    await manager.start_kernel()
-    client = manager.client()
-    client.start_channels()
-    try:
-        await client.wait_for_ready(timeout=60)
-        info = manager.get_connection_info()
-        for killed in (1, 2):
-            pid = int(await _answers(client, PID))
-            os.kill(pid, signal.SIGKILL)
-            await happens(lambda: len(told.seen) == killed, 10)  # noqa: B023
-            await happens(lambda: manager.ready.done(), 20)
-            await client.wait_for_ready(timeout=60)
-            assert int(await _answers(client, PID)) != pid
-        assert told.seen == ["restart", "restart"]
-        assert manager.get_connection_info() == info, "the clients' sockets must go on working"
-    finally:
-        client.stop_channels()
-        await manager.shutdown_kernel(now=True)
+    manager: Any
+    told: list[str]
+    client: AsyncKernelClient
 
+    async def run(self, code: str) -> str:
+        """Run a cell as soon as the kernel answers, and return what it printed."""
+        seen: list[str] = []
+        message = self.client.execute_interactive(
+            code, timeout=60, output_hook=lambda message: seen.append(message["content"].get("text", ""))
+        )
+        await asyncio.wait_for(message, 60)
+        return "".join(seen)
 
-async def test_autorestart_blocking(installation: Installation, spec: str) -> None:
-    manager = IOLoopKernelManager(kernel_name=spec, config=FAST)
-    told = Restarter(manager)
-    manager.start_kernel()
-    client = AsyncKernelManager.client_factory()  # talks while the loop runs
-    client.load_connection_info(manager.get_connection_info())
-    client.start_channels()
-    try:
-        client.hb_channel.unpause()
-        await asyncio.wait_for(client.kernel_info(reply=True), 60)
-        pid = int(await _answers(client, PID))
+    async def kill(self) -> int:
+        """Kill the kernel and return its pid."""
+        pid = int(await self.run(PID))
         os.kill(pid, signal.SIGKILL)
-        await happens(lambda: told.seen, 10)
-        await happens(lambda: manager.is_alive(), 20)
-        await asyncio.wait_for(client.kernel_info(reply=True), 60)
-        assert int(await _answers(client, PID)) != pid
-        assert told.seen == ["restart"]
+        return pid
+
+
+@asynccontextmanager
+async def watched(manager: Any) -> AsyncIterator[Watched]:
+    """Start a kernel, and shut it down at the end of the block."""
+    await ensure_async(manager.start_kernel())
+    client = AsyncKernelClient()
+    try:
+        told: list[str] = []
+        # there is no restarter before the start
+        manager.add_restart_callback(lambda: told.append("restart"), "restart")
+        manager.add_restart_callback(lambda: told.append("dead"), "dead")
+        client.load_connection_info(manager.get_connection_info())
+        client.start_channels(hb=False)
+        await client.wait_for_ready(timeout=60)
+        yield Watched(manager, told, client)
     finally:
         client.stop_channels()
-        manager.shutdown_kernel(now=True)
+        await ensure_async(manager.shutdown_kernel(now=True))
 
 
-@pytest.mark.parametrize("kind", [AsyncIOLoopKernelManager, IOLoopKernelManager], ids=["async", "blocking"])
-async def test_autorestart_gives_up(installation: Installation, ipykernel_spec: Path, kind: Any) -> None:
+@pytest.fixture(params=[AsyncIOLoopKernelManager, IOLoopKernelManager], ids=["async", "blocking"])
+def restarting_class(request: pytest.FixtureRequest) -> Any:
+    """Both kinds of manager that restart a kernel that has died."""
+    return request.param
+
+
+async def test_autorestart(installation: Installation, spec: str, restarting_class: Any) -> None:
+    async with watched(restarting_class(kernel_name=spec, config=FAST)) as kernel:
+        info = kernel.manager.get_connection_info()
+        for times in (1, 2):
+            pid = await kernel.kill()
+            await happens(lambda: len(kernel.told) == times, 10)  # noqa: B023
+            await happens(kernel.manager.is_alive, 20)
+            await kernel.client.wait_for_ready(timeout=60)
+            assert int(await kernel.run(PID)) != pid
+        assert kernel.told == ["restart", "restart"]
+        assert kernel.manager.get_connection_info() == info, "the clients' sockets must go on working"
+
+
+async def test_autorestart_gives_up(installation: Installation, ipykernel_spec: Path, restarting_class: Any) -> None:
     broken = installation.home / "broken"
     ipykernel = json.loads((ipykernel_spec / "kernel.json").read_text())["argv"]
-    script = f"test -e {broken} && {{ echo it is broken now >&2; exit 3; }}; exec \"$@\""
+    script = f'test -e {broken} && {{ echo it is broken now >&2; exit 3; }}; exec "$@"'
     installation.jupyter.install_spec("fragile", {"argv": ["sh", "-c", script, "sh", *ipykernel]})
-    manager = kind(kernel_name="fragile", config=FAST)
-    told = Restarter(manager)
-    started = manager.start_kernel()
-    if started is not None:
-        await started
-    try:
+    async with watched(restarting_class(kernel_name="fragile", config=FAST)) as kernel:
         broken.touch()
-        (pid,) = [pid for pid, line in installation.processes().items() if line.startswith(ipykernel[0] + " -m ipy")]
-        os.kill(pid, signal.SIGKILL)
-        await happens(lambda: "dead" in told.seen, 30)
-        assert told.seen == ["restart"] * 5 + ["dead"], "as with a local kernel"
-    finally:
-        stopped = manager.shutdown_kernel(now=True)
-        if stopped is not None:
-            await stopped
+        await kernel.kill()
+        await happens(lambda: "dead" in kernel.told, 30)
+        assert kernel.told == ["restart"] * 5 + ["dead"], "as with a local kernel"
+        assert not await ensure_async(kernel.manager.is_alive())
 
 
 # -- kernels that do not start
@@ -328,7 +330,11 @@ def test_kernel_that_dies_at_once(installation: Installation, manager_class: typ
             1,
             ["KernelDied", "encodings", "exit code 1"],
         ),
-        ({"argv": ["python3", "-m", "ipykernel_launcher", "--no-such-option", "-f"]}, None, ["KernelDied", "exit code"]),
+        (
+            {"argv": ["python3", "-m", "ipykernel_launcher", "--no-such-option", "-f"]},
+            None,
+            ["KernelDied", "exit code"],
+        ),
         ({"argv": ["sh", "-c", "kill -SEGV $$"]}, -signal.SIGSEGV, ["KernelDied", "SIGSEGV"]),
         ({"argv": ["true"]}, 0, ["KernelDied", "exit code 0"]),
     ],
@@ -442,7 +448,9 @@ def test_transport_encryption(
     installation.jupyter.install_spec("curved", {"argv": argv, "metadata": metadata})
     with driven(manager_class(kernel_name="curved", transport_encryption=policy)) as kernel:
         assert ("curve_publickey" in kernel.manager.get_connection_info()) == encrypted
-        seen = "from ipykernel.kernelapp import IPKernelApp as A; print(A.instance().curve_publickey is not None, end='')"
+        seen = (
+            "from ipykernel.kernelapp import IPKernelApp as A; print(A.instance().curve_publickey is not None, end='')"
+        )
         assert kernel.run(seen) == str(encrypted)
         info = kernel.manager.get_connection_info()
         kernel.restart()

@@ -1,7 +1,8 @@
+from gp_launchers.command import kernel_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gp_core.command import fill, launch_environment, names_our_launcher, placeholders
+from gp_core.command import expanded, fill, launch_environment, names_our_launcher, placeholders
 
 
 def test_unknown_placeholders_stay() -> None:
@@ -47,3 +48,19 @@ def test_our_launcher_is_recognised_in_the_peers_style() -> None:
     assert names_our_launcher(["python", "-m", "gp_launchers", "--public-key", "{public_key}"])
     assert names_our_launcher(["run.sh", "/opt/gp-launcher.pyz"])
     assert not names_our_launcher(["python", "/x/launch_ipykernel.py", "--public-key", "{public_key}"])
+
+
+def test_expansion_on_this_machine_is_the_launchers() -> None:
+    env = {"LITERAL": "a$$b", "FROM": "${HOME}:${LITERAL}:${NOBODY}"}
+    assert expanded(env, {"HOME": "/root"}) == {"LITERAL": "a$b", "FROM": "/root:a$b:${NOBODY}"}
+
+
+@given(st.dictionaries(st.text(min_size=1), st.text()))
+def test_literals_of_the_caller_survive_both_ways(requested: dict[str, str]) -> None:
+    env = launch_environment(kernelspec={}, requested=requested, process={})
+    kept = {name: value for name, value in requested.items() if name in env}
+    assert expanded(env, {"HOME": "x"}) == kept
+    far = kernel_environment({}, env, "k")
+    assert {name: far[name] for name in kept if name not in ("KERNEL_ID", "JPY_PARENT_PID")} == {
+        name: value for name, value in kept.items() if name not in ("KERNEL_ID", "JPY_PARENT_PID")
+    }

@@ -85,10 +85,14 @@ async def test_a_start_gives_jupyter_what_it_needs(started: AsyncKernelManager) 
     assert json.loads(Path(started.connection_file).read_text())["shell_port"] == info["shell_port"]
 
 
-async def test_the_kernel_gets_its_environment_and_no_secret(manager: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_the_kernel_gets_its_environment_and_no_secret(
+    manager: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("FAR", "far")
     km = manager(env={"FROM_SPEC": "${FAR}-${MINE}"})
-    await km.start_kernel(env={**os.environ, "MINE": "a$b", "KERNEL_X": "1", "JPY_SESSION_NAME": "nb"}, cwd=str(tmp_path))
+    await km.start_kernel(
+        env={**os.environ, "MINE": "a$b", "KERNEL_X": "1", "JPY_SESSION_NAME": "nb"}, cwd=str(tmp_path)
+    )
     seen = ask(km)
     await km.shutdown_kernel(now=True)
     env = seen["env"]
@@ -100,7 +104,9 @@ async def test_the_kernel_gets_its_environment_and_no_secret(manager: Make, monk
     assert int(env["JPY_PARENT_PID"]) != os.getpid()
 
 
-async def test_no_secret_can_be_read_anywhere(started: AsyncKernelManager, installation: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_no_secret_can_be_read_anywhere(
+    started: AsyncKernelManager, installation: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     key = started.session.key.decode()
     (launcher,) = launchers()
     argv = " ".join(part for process in [launcher, *launcher.children()] for part in process.cmdline())
@@ -110,7 +116,9 @@ async def test_no_secret_can_be_read_anywhere(started: AsyncKernelManager, insta
     for place in (argv, logs, shown, caplog.text):
         assert key not in place
         assert record.token not in place
-    assert all(path.stat().st_mode & 0o077 == 0 for path in installation.rglob("*") if path.suffix in (".pem", ".json", ".log"))
+    assert all(
+        path.stat().st_mode & 0o077 == 0 for path in installation.rglob("*") if path.suffix in (".pem", ".json", ".log")
+    )
 
 
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])
@@ -156,7 +164,17 @@ async def test_events_tell_the_life_of_a_kernel_in_order(manager: Make, events: 
     await km.shutdown_kernel(now=True)
     await until(lambda: "removed" in events)
     told = [event for event in events if event != "progress"]
-    assert told == ["launching", "launched", "connected", "listening", "exited", "restarting", "listening", "exited", "removed"]
+    assert told == [
+        "launching",
+        "launched",
+        "connected",
+        "listening",
+        "exited",
+        "restarting",
+        "listening",
+        "exited",
+        "removed",
+    ]
 
 
 # Starts that fail
@@ -165,7 +183,11 @@ async def test_events_tell_the_life_of_a_kernel_in_order(manager: Make, events: 
 @pytest.mark.parametrize(
     ("argv", "failure", "words"),
     [
-        (["python3", str(TINY), "{connection_file}", "exit:3"], KERNEL_DIED, ["exit code 3", "the tiny kernel gives up"]),
+        (
+            ["python3", str(TINY), "{connection_file}", "exit:3"],
+            KERNEL_DIED,
+            ["exit code 3", "the tiny kernel gives up"],
+        ),
         (["python3", "-m", "no_such_kernel"], KERNEL_DIED, ["No module named no_such_kernel"]),
         (["/nowhere/python", "-m", "x"], COMMAND_NOT_FOUND, ["/nowhere/python"]),
         (["python3", "-c", "import os; os.kill(os.getpid(), 9)"], KERNEL_DIED, ["signal SIGKILL"]),
@@ -354,7 +376,9 @@ async def test_an_early_autorestart_that_wants_new_ports_gets_the_same(started: 
     assert Path(started.connection_file).exists()
 
 
-async def test_without_its_launcher_a_restart_is_a_launch_with_the_same_ports_and_keys(started: AsyncKernelManager) -> None:
+async def test_without_its_launcher_a_restart_is_a_launch_with_the_same_ports_and_keys(
+    started: AsyncKernelManager,
+) -> None:
     before, (launcher,) = started.get_connection_info(), launchers()
     launcher.kill()
     await until(lambda: remote(started).exit_code is not None)

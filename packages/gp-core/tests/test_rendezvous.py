@@ -34,7 +34,9 @@ class Known:
     """A kernel that the server waits for."""
 
     def __init__(self, kernel_id: str = "k1", token: str = "token") -> None:
-        self.record = Record(kernel_id=kernel_id, kernel_name="x", user="ann", backend="local", token=protocol.digest(token))
+        self.record = Record(
+            kernel_id=kernel_id, kernel_name="x", user="ann", backend="local", token=protocol.digest(token)
+        )
         self.sessions: list[Session] = []
         self.messages: list[Message] = []
         self.lost = 0
@@ -155,7 +157,9 @@ async def test_the_same_launcher_may_come_again_after_a_lost_answer(server: Kern
 
 async def test_a_kernel_of_another_live_server_is_not_served_here(server: KernelServer) -> None:
     other = Owner.me()
-    record = Record(kernel_id="k9", kernel_name="x", user="a", backend="local", token=protocol.digest("token"), owner=other)
+    record = Record(
+        kernel_id="k9", kernel_name="x", user="a", backend="local", token=protocol.digest("token"), owner=other
+    )
     server.store.put(record)
     dialing = launcher(server, kernel_id="k9")
     await dialing.connect()
@@ -167,7 +171,9 @@ async def test_a_kernel_of_another_live_server_is_not_served_here(server: Kernel
 
 async def test_a_kernel_whose_server_is_gone_is_kept_and_listed(server: KernelServer) -> None:
     gone = Owner(Owner.me().host, 2**22 + 5, 0.0)
-    record = Record(kernel_id="k9", kernel_name="x", user="a", backend="local", token=protocol.digest("token"), owner=gone)
+    record = Record(
+        kernel_id="k9", kernel_name="x", user="a", backend="local", token=protocol.digest("token"), owner=gone
+    )
     record.handle, record.connection = {"kernel_id": "k9", "pid": 2**22 + 6, "started": 0.0, "log": ""}, dict(PORTS)
     server.store.put(record)
     dialing = launcher(server, kernel_id="k9")
@@ -310,7 +316,9 @@ async def test_no_secret_is_logged(server: KernelServer, known: Known, caplog: p
         assert word not in caplog.text
 
 
-async def test_mutated_conversations_raise_nothing_and_grow_nothing(server: KernelServer, caplog: pytest.LogCaptureFixture) -> None:
+async def test_mutated_conversations_raise_nothing_and_grow_nothing(
+    server: KernelServer, caplog: pytest.LogCaptureFixture
+) -> None:
     """A launcher's bytes after TLS, changed at random 20,000 times: a frame, a refusal or a closed session."""
     caplog.set_level(logging.CRITICAL)
     dice = random.Random(8877)

@@ -86,7 +86,9 @@ class Driven:
             content = self._told_of(message_id, deadline)["content"]
             if content.get("execution_state") == "idle":
                 return "".join(seen)
-            seen.append(content.get("text") or content.get("data", {}).get("text/plain", "") or content.get("ename", ""))
+            seen.append(
+                content.get("text") or content.get("data", {}).get("text/plain", "") or content.get("ename", "")
+            )
 
     def start_cell(self, code: str, until: str, timeout: float = 30.0) -> str:
         """Send a cell and return its message id once it has printed something."""

@@ -76,7 +76,8 @@ class Installation:
         """
         with suppress(TimeoutError):
             wait_until(lambda: not self.left_over(), within)
-        assert self.left_over() == []
+        if left := self.left_over():
+            pytest.fail("the test left behind:\n" + "\n".join(left), pytrace=False)
 
     def end_processes(self) -> None:
         """Kill what is left over, so that a failed test spoils no other."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import os
 import random
 from abc import ABCMeta, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any, ClassVar, Literal
 from traitlets import MetaHasTraits
 from traitlets.config import LoggingConfigurable
 
+from .command import expanded
 from .errors import BackendError, LaunchFailed, Reason
 from .ports import PortRange
 
@@ -137,6 +139,10 @@ class LaunchRequest(KernelInfo):
         start = [python, "-I", "-S", str(launcher or self.launcher_file)]
         return [*start, *self.launcher_options, "--", *self.argv]
 
+    def script_environment(self) -> dict[str, str]:
+        """Return what a command that runs on this machine needs on top of the server's environment, secrets included."""
+        return {**expanded(self.env, os.environ), **self.secrets}
+
 
 class _Meta(ABCMeta, MetaHasTraits):
     pass
@@ -165,7 +171,7 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
         """
         from .runtime import run_command
 
-        done = await run_command(*request.command(), env={**request.env, **request.secrets}, cwd=request.cwd)
+        done = await run_command(*request.command(), env=request.script_environment(), cwd=request.cwd)
         if done.code != 0:
             raise LaunchFailed(
                 f"the submit script of kernel {request.kernel_id} ended with {done.code}", log=done.output
@@ -224,7 +230,7 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
     async def logs(self, handle: Handle, *, tail: int = 50) -> str:
         """Return the last ``tail`` lines of the job's output; empty if the platform keeps none (the default).
 
-        A handle with only ``kernel_id`` asks for a kernel that is gone and whose record is, as far as the platform can tell.
+        A handle with only ``kernel_id`` asks for a kernel that is gone, as its record is, if the platform can tell.
         """
         return ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from string import Template
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_]+)\}")
 NEVER_SENT = frozenset({"JPY_PARENT_PID", "GP_LAUNCH_SECRETS", "PYTHONEXECUTABLE"})
@@ -55,6 +56,20 @@ def launch_environment(
             env[name] = value.replace("$", "$$")
     env |= kernelspec
     return {name: value for name, value in env.items() if name not in NEVER_SENT and _can_be_set(name, value)}
+
+
+def expanded(env: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    """Fill ``${X}`` in what `launch_environment` made, as the launcher does on the far side.
+
+    Args:
+        env: Values in which ``$$`` is a dollar.
+        known: Variables of the machine that fills them in.
+    """
+    literal = {name: value.replace("$$", "$") for name, value in env.items() if "$" not in value.replace("$$", "")}
+    values = {**known, **literal}
+    return literal | {
+        name: Template(value).safe_substitute(values) for name, value in env.items() if name not in literal
+    }
 
 
 def _can_be_set(name: str, value: str) -> bool:

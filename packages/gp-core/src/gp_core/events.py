@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import enum
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .runtime import runtime
+
+if TYPE_CHECKING:
+    from .backend import KernelInfo
 
 
 class Event(enum.Enum):
@@ -40,3 +47,31 @@ class KernelEvent:
     detail: str = ""
     data: Mapping[str, Any] = field(default_factory=dict)
     time: float = field(default_factory=time.time)
+
+
+class Announcer:
+    """Tells plugins and the log of one kernel's events, in order; a slow plugin delays nothing but later events.
+
+    Args:
+        kernel: Whose events they are.
+        log: Of the host application, where its operator reads.
+    """
+
+    def __init__(self, kernel: KernelInfo, log: logging.Logger) -> None:
+        self._kernel = kernel
+        self._log = log
+        self._last: asyncio.Task[None] | None = None
+
+    def tell(self, event: KernelEvent) -> None:
+        """Announce an event and return at once."""
+        self._log.info("kernel %s: %s", self._kernel.kernel_id, f"{event.event.value} {event.detail}".rstrip())
+        before = self._last
+
+        async def told() -> None:
+            from .plugins import plugins
+
+            if before is not None:
+                await asyncio.wait({before})
+            await plugins().kernel_event(self._kernel, event)
+
+        self._last = runtime().spawn(told(), name="event")

@@ -12,14 +12,14 @@ import json
 import secrets
 import signal as signals
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from . import protocol, protocol1, startup
 from .backend import Backend, Handle, KernelInfo, LaunchRequest, State, Status
 from .errors import LAUNCHER_DIED, BackendError, ConfigError, ProtocolError, StoreError
-from .events import Event, KernelEvent
+from .events import Announcer, Event, KernelEvent
 from .plugins import plugins
 from .ports import PortRange
 from .protocol import Hello, Message
@@ -27,9 +27,7 @@ from .rendezvous import PING, Session
 from .runtime import runtime
 from .server import KernelServer
 from .startup import Report
-from .store import Record
-
-T = TypeVar("T")
+from .store import InTurn, Record
 
 LINGER = 60.0  # seconds that an exited kernel's job stays for a restart
 REDIAL = 10.0  # seconds that a restart waits for a lost session to come back, before it takes another launcher
@@ -85,8 +83,8 @@ class RemoteKernel:
         self._removed = False
         self._restart: Message | None = None  # until the launcher confirms that run
         self._looking: asyncio.Task[None] | None = None
-        self._writing: asyncio.Task[None] | None = None
-        self._told: asyncio.Task[None] | None = None
+        self._records = InTurn(server.store)
+        self._announcer = Announcer(self.info, self.log)
         self._lingering: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -390,7 +388,7 @@ class RemoteKernel:
             self._ended.set()
         if forget:
             try:
-                await self._in_turn(self.server.store.remove, self.info.kernel_id)
+                await self._records.remove(self.info.kernel_id)
             except StoreError as error:
                 self.log.warning("%s", error)
             if self.server.kernels.get(self.info.kernel_id) is self:
@@ -457,34 +455,13 @@ class RemoteKernel:
             self._looking = None
 
     async def _save(self) -> None:
-        await self._in_turn(self.server.store.put, replace(self.record))
+        await self._records.put(replace(self.record))
 
     def _save_soon(self) -> None:
         runtime().spawn(self._save(), name=f"record of kernel {self.info.kernel_id}")
 
-    async def _in_turn(self, function: Callable[[T], None], argument: T) -> None:
-        """Use the store after all that was asked of it before: a cancelled write still happens, and must not be last."""
-        before = self._writing
-
-        async def turn() -> None:
-            if before is not None:
-                await asyncio.wait({before})
-            await runtime().blocking(function, argument)
-
-        self._writing = asyncio.create_task(turn())
-        self._writing.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, if nobody waits
-        await asyncio.shield(self._writing)
-
     def _tell(self, event: Event, detail: str = "", data: Mapping[str, Any] | None = None) -> None:
-        self.log.info("kernel %s: %s %s", self.info.kernel_id, event.value, detail)
-        told, before = KernelEvent(event=event, detail=detail, data=data or {}), self._told
-
-        async def tell() -> None:
-            if before is not None:
-                await before  # plugins hear the events of a kernel in order, and a slow one delays nothing else
-            await plugins().kernel_event(self.info, told)
-
-        self._told = runtime().spawn(tell(), name="event")
+        self._announcer.tell(KernelEvent(event=event, detail=detail, data=data or {}))
 
 
 async def _drain(queue: asyncio.Queue[Report]) -> AsyncIterator[Report]:

@@ -44,32 +44,26 @@ class LocalBackend(Backend):
         self._exit_codes: dict[int, int] = {}
 
     async def launch(self, request: LaunchRequest) -> Handle:
-        code = START.format(path=str(Path(gp_launchers.__file__).parents[1]))
-        argv = request.command()
+        argv, env = request.command(), {**os.environ, **request.script_environment()}
         if request.wrapped:
-            argv = [
-                sys.executable,
-                "-I",
-                "-S",
-                "-c",
-                code,
-                *request.launcher_options,
-                f"--cwd={request.cwd or os.getcwd()}",
-            ]
-            argv += ["--", *request.argv]
-        log = await blocking(self._log_file, request.kernel_id)
-        env = {**os.environ, **request.secrets}
+            code = START.format(path=str(Path(gp_launchers.__file__).parents[1]))
+            launcher = [sys.executable, "-I", "-S", "-c", code, *request.launcher_options]
+            argv = [*launcher, f"--cwd={request.cwd or os.getcwd()}", "--", *request.argv]
+            env = {**os.environ, **request.secrets}
         env.pop("JPY_PARENT_PID", None)
+        log = await blocking(self._log_file, request.kernel_id)
         try:
             pid = await blocking(_spawn, argv, env, log)
         except OSError as error:
             text = f"kernel {request.kernel_id}: {argv[0]} cannot be run: {error.strerror}"
             raise LaunchFailed(text, reason=COMMAND_NOT_FOUND) from None
+        started = psutil.Process(pid).create_time()
         return {
             "kernel_id": request.kernel_id,
             "pid": pid,
-            "started": psutil.Process(pid).create_time(),
+            "started": started,
             "log": str(log),
+            "wrapped": request.wrapped,
         }
 
     async def status(self, handle: Handle) -> Status:
@@ -111,10 +105,13 @@ class LocalBackend(Backend):
         return True
 
     async def terminate(self, handle: Handle, *, force: bool) -> None:
-        process = _process(handle)
-        if process is not None:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(signals.SIGKILL if force else signals.SIGTERM)  # the kernel dies with its launcher
+        leader = _process(handle)
+        # our launcher takes its kernel along; another one may leave children, which keep the number of its session
+        processes = [leader] if handle.get("wrapped", True) else await blocking(_session, handle)
+        for process in processes:
+            if process is not None:
+                with contextlib.suppress(psutil.Error):
+                    process.send_signal(signals.SIGKILL if force else signals.SIGTERM)
 
     async def logs(self, handle: Handle, *, tail: int = 50) -> str:
         return await blocking(_tail, Path(handle.get("log") or _log_path(handle["kernel_id"])), tail)
@@ -165,6 +162,16 @@ def _process(handle: Handle) -> psutil.Process | None:
     except psutil.Error:
         pass
     return None
+
+
+def _session(handle: Handle) -> list[psutil.Process]:
+    """Return all processes of the session that a command was started in, also without its leader."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getsid(process.pid) == handle["pid"] and process.create_time() >= handle["started"] - 0.1:
+                found.append(process)
+    return found
 
 
 def _reap(pid: int) -> int | None:

@@ -20,7 +20,6 @@ from base64 import b64decode, b64encode
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from string import Template
 from typing import TYPE_CHECKING, Any, cast
 
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -31,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from . import protocol
 from .backend import LaunchRequest
+from .command import expanded
 from .errors import ProtocolError
 from .ports import PortRange
 from .protocol import PORTS, Hello, Message
@@ -128,10 +128,8 @@ def with_environment(request: LaunchRequest, env: Mapping[str, str]) -> LaunchRe
         request: Of the launch.
         env: Of the kernel; ``${X}`` in it is filled here, from this machine's variables if argv runs on this machine.
     """
-    known = dict(os.environ) if request.submit == "script" else {}
-    known |= {name: value for name, value in env.items() if "$" not in value}
-    filled = {name: Template(value).safe_substitute(known) for name, value in env.items()}
-    return replace(request, env=filled, secrets=filled)
+    filled = expanded(env, os.environ if request.submit == "script" else {})
+    return replace(request, env=env, secrets=filled)
 
 
 class Protocol1:

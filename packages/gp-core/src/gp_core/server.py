@@ -16,6 +16,7 @@ from . import protocol
 from .errors import ConfigError, LaunchDenied
 from .identity import Identity
 from .plugins import plugins
+from .policies import Policy, check_limit
 from .protocol import Hello, Message
 from .protocol1 import Protocol1
 from .rendezvous import Kernel, Rendezvous, own_addresses
@@ -102,8 +103,8 @@ class KernelServer(LoggingConfigurable):
         """
         if not self.allow_protocol_1:
             raise LaunchDenied(
-                'the kernelspec says "launcher_protocol": 1, which this server does not speak: its operator may allow it '
-                "by GP_ALLOW_PROTOCOL_1=1 (KernelServer.allow_protocol_1); or make a new one: jupyter gp install --from"
+                'the kernelspec says "launcher_protocol": 1, which this server does not speak: its operator may '
+                "allow it by GP_ALLOW_PROTOCOL_1=1 (KernelServer.allow_protocol_1); or make a new one: jupyter gp install --from"
             )
         await self.open()
         assert self._opening is not None
@@ -152,6 +153,21 @@ class KernelServer(LoggingConfigurable):
         assert self.identity is not None
         return ",".join(self.identity.pins)
 
+    async def admit(self, kernel: RemoteKernel, policy: Policy) -> None:
+        """Take a new kernel in, if its user may have one more.
+
+        Raises:
+            LaunchDenied: The user has as many as allowed.
+        """
+        user = kernel.info.user
+        if policy.max_kernels_per_user is not None:
+            records = await runtime().blocking(self.store.list)
+            # those of servers that are gone do not count: nobody could stop them
+            others = {record.kernel_id for record in records if record.user == user and _is_live(record)}
+            mine = {known.info.kernel_id for known in self.kernels.values() if known.info.user == user}
+            check_limit(policy, user, len((others | mine) - {kernel.info.kernel_id}))
+        self.kernels[kernel.info.kernel_id] = kernel  # at once: starts that come together see each other
+
     def _hand_over(self, transport: asyncio.Transport, data: bytes) -> bool:
         return self.protocol1.hand_over(transport, data) if self.protocol1 else False
 
@@ -191,6 +207,10 @@ class KernelServer(LoggingConfigurable):
     async def _farewell(self) -> None:
         """At the end of the process: forget kernels that a client has just shut down without telling (console)."""
         await asyncio.gather(*(kernel.farewell() for kernel in list(self.kernels.values())), return_exceptions=True)
+
+
+def _is_live(record: Record) -> bool:
+    return record.owner is not None and record.owner.is_alive()
 
 
 def _has_ipv6() -> bool:

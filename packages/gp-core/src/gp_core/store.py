@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -10,6 +12,7 @@ import re
 import socket
 import stat
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +20,7 @@ from typing import Any, Protocol
 import psutil
 
 from .errors import StoreError
+from .runtime import blocking
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -148,7 +152,11 @@ class FileStore:
         return self._read(path) if path.exists() else None
 
     def remove(self, kernel_id: str) -> None:
-        """Forget a kernel; one that is unknown is fine."""
+        """Forget a kernel; one that is unknown is fine.
+
+        Raises:
+            StoreError: The record stays, for example because the disk is read-only.
+        """
         try:
             self._path(kernel_id).unlink(missing_ok=True)
         except OSError as error:
@@ -173,6 +181,45 @@ class FileStore:
         except (OSError, UnicodeDecodeError, StoreError) as error:
             log.warning("%s is skipped: %s", path, error)
             return None
+
+
+class InTurn:
+    """One kernel's use of a store, in the order in which it was asked for.
+
+    A write whose caller was cancelled still happens on its thread, and must not come after the removal that follows.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._last: asyncio.Task[None] | None = None
+
+    async def put(self, record: Record) -> None:
+        """Write a record.
+
+        Raises:
+            StoreError: See `FileStore.put`.
+        """
+        await self._next(functools.partial(self._store.put, record))
+
+    async def remove(self, kernel_id: str) -> None:
+        """Forget a kernel.
+
+        Raises:
+            StoreError: See `FileStore.remove`.
+        """
+        await self._next(functools.partial(self._store.remove, kernel_id))
+
+    async def _next(self, use: Callable[[], None]) -> None:
+        before = self._last
+
+        async def turn() -> None:
+            if before is not None:
+                await asyncio.wait({before})
+            await blocking(use)
+
+        self._last = asyncio.create_task(turn())
+        self._last.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, if nobody waits
+        await asyncio.shield(self._last)
 
 
 def private_folder(folder: Path) -> None:

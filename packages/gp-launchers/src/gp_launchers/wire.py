@@ -41,9 +41,7 @@ def pack_message(message: dict[str, Any]) -> bytes:
     """
     payload = json.dumps(message, separators=(",", ":")).encode()
     if len(payload) > MAX_FRAME:
-        raise WireError(
-            "message %s has %d bytes; at most %d are allowed" % (message.get("type"), len(payload), MAX_FRAME)
-        )
+        raise WireError(f"message {message.get('type')} has {len(payload)} bytes; at most {MAX_FRAME} are allowed")
     return pack(MESSAGE, 0, payload)
 
 
@@ -59,7 +57,7 @@ def unpack_message(payload: bytes) -> dict[str, Any]:
     try:
         message = json.loads(payload.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise WireError("a message is not JSON: %s" % error) from None
+        raise WireError(f"a message is not JSON: {error}") from None
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
         raise WireError("a message is not an object with a type")
     return message
@@ -88,7 +86,7 @@ class Decoder:
         while len(self._buffer) - start >= HEADER.size:
             kind, stream, length = HEADER.unpack_from(self._buffer, start)
             if length > self.limit:
-                raise WireError("a frame of %d bytes; at most %d are allowed" % (length, self.limit))
+                raise WireError(f"a frame of {length} bytes; at most {self.limit} are allowed")
             end = start + HEADER.size + length
             if len(self._buffer) < end:
                 break

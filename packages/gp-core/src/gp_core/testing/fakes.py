@@ -14,9 +14,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from traitlets import Unicode
+
 from gp_launchers import __version__ as launcher_version
 from gp_launchers.wire import MESSAGE, VERSION, Decoder, pack_message, unpack_message
-from traitlets import Unicode
 
 from ..backend import Backend, Finding, Handle, LaunchRequest, State, Status
 from ..errors import BackendError, LaunchFailed
@@ -92,6 +93,7 @@ class FakeLauncher:
         self.orphan_timeout = orphan_timeout
         self.run_number = 1
         self.ports: dict[str, int] = {}
+        self.told = False  #: whether it has said how its kernel is
         self.signals: list[int] = []  #: that its kernel got
         self.output: list[str] = []  #: lines of job and kernel
         self.cmdlines: list[str] = []  #: what the kernel is told that ``ps`` shows
@@ -249,8 +251,10 @@ class FakeLauncher:
     async def _report(self, code: tuple[int, str | None] | None) -> None:
         if code is not None:
             await self.exited(code[0], reason=code[1])
+            self.told = True
         elif self.ports and self.conduct.listening:
             await self.listening(**self.conduct.listening_lies)
+            self.told = True
 
     def deliver(self, signum: int) -> tuple[int, str | None] | None:
         """Give the kernel a signal; returns its end, if that was it."""

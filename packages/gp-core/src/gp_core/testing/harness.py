@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from traitlets.config import Config
+
 from gp_launchers import __version__ as launcher_version
 from gp_launchers import bundle
-from traitlets.config import Config
 
 from ..backend import Backend, Handle, LaunchRequest, State, Status
 from ..kernel import Plan, RemoteKernel
@@ -135,9 +136,7 @@ class Installation:
         self.python = python
         self.start_timeout = start_timeout
         self.requests: dict[str, LaunchRequest] = {}  #: what backends got, by kernel id
-        self.server = KernelServer(
-            Config({"KernelServer": {"response_port": 0}}), store=FileStore(folder / "kernels")
-        )
+        self.server = KernelServer(Config({"KernelServer": {"response_port": 0}}), store=FileStore(folder / "kernels"))
         self._launcher = folder / f"gp-launcher-{launcher_version}.pyz"
         self._kernels: list[RemoteKernel] = []
         self._variable: str | None = None
