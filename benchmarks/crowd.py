@@ -41,9 +41,9 @@ def at_once(contestants: list[Contestant], work: Path, rounds: int) -> list[Row]
                     for which in LAG if contestant.name == "ours" else ():
                         idle[which].add("lag", 1000 * beside[which])
             by_hand = byhand.ask("crowd", count=COUNT)["seconds"]
-            contestants[-1].host.tell("nothing", count=COUNT, seconds=by_hand)
+            contestants[-1].host.ask("nothing", count=COUNT)
             byhand.ask("crowd", count=COUNT)
-            nothing = contestants[-1].host.answer()
+            nothing = contestants[-1].host.ask("noticed")
             if number >= 0:
                 all_ready.series.add("bare", 1000 * by_hand)
                 for which, row in late.items():
@@ -53,8 +53,8 @@ def at_once(contestants: list[Contestant], work: Path, rounds: int) -> list[Row]
         watcher.close()
     all_ready.notes.append("bare: launchers started by hand, a server of asyncio's TLS that knows three messages")
     late["p99"].notes.append(
-        f"bare: a host whose {COUNT} starts do nothing (jupyter_client's own part remains), "
-        "while another process starts as many launchers by hand"
+        f"bare: a host whose {COUNT} starts do nothing, so that jupyter_client's own part remains, "
+        "then another process starts as many launchers by hand"
     )
     for which, row in late.items():
         if found := idle[which].summary("lag"):

@@ -24,6 +24,7 @@ UNSEEN = 10.0  # seconds after which a death is taken for never seen
 
 managers: dict[str, AsyncKernelManager] = {}
 clients: dict[str, Any] = {}
+tickers: list[Ticker] = []
 
 
 def clock() -> float:
@@ -157,17 +158,22 @@ async def crowd(count: int) -> dict[str, Any]:
     return {"seconds": seconds, "lag": lag, "failures": failures, "cpu": cpu}
 
 
-async def nothing(count: int, seconds: float) -> dict[str, float]:
-    """Start kernels that nobody starts, all at the same time: how late this loop is then and for some seconds more."""
+async def nothing(count: int) -> None:
+    """Start kernels that nobody starts, all at the same time; `noticed` ends it."""
     provisioners = KernelProvisionerFactory.instance().provisioners
     provisioners["null"] = EntryPoint("null", "null_provisioner:NullProvisioner", "jupyter_client.kernel_provisioners")
-    made = [AsyncKernelManager(kernel_name="nothing") for _ in range(count)]
-    until = clock() + seconds
-    ticker = Ticker()
-    await asyncio.gather(*(manager.start_kernel() for manager in made))
-    await asyncio.sleep(until - clock())
-    lag = ticker.stop()
-    await asyncio.gather(*(_removed(manager) for manager in made))
+    for number in range(count):
+        managers[f"null-{number}"] = AsyncKernelManager(kernel_name="nothing")
+    await asyncio.sleep(0.5)
+    tickers.append(Ticker())
+    await asyncio.gather(*(managers[f"null-{number}"].start_kernel() for number in range(count)))
+
+
+async def noticed() -> dict[str, float]:
+    """How late the loop was since `nothing` began."""
+    lag = tickers.pop().stop()
+    for slot in [slot for slot in managers if slot.startswith("null-")]:
+        await _removed(managers.pop(slot))
     return lag
 
 
@@ -203,7 +209,7 @@ async def about() -> dict[str, str]:
 
 
 async def main() -> None:
-    functions = (start, restart, interrupt, death, shutdown, stillborn, crowd, nothing, idle, forget, about)
+    functions = (start, restart, interrupt, death, shutdown, stillborn, crowd, nothing, noticed, idle, forget, about)
     await serve({function.__name__: function for function in functions})
     for slot in list(managers):
         await forget(slot)

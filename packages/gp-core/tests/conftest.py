@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import time
@@ -109,7 +110,11 @@ async def until(condition: Callable[[], object], seconds: float = 5.0) -> None:
 
 def launchers() -> list[psutil.Process]:
     """The launchers of this installation that run."""
-    return [psutil.Process(handle["pid"]) for handle in local._launchers(None)]
+    found = []
+    for handle in local._launchers(None):
+        with contextlib.suppress(psutil.NoSuchProcess):  # gone between the two looks
+            found.append(psutil.Process(handle["pid"]))
+    return found
 
 
 async def nothing_left(folder: Path) -> None:

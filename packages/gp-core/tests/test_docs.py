@@ -14,8 +14,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from gp_launchers.errors import CODES
-from gp_launchers.supervisor import Supervisor
 from traitlets import HasTraits
 
 from gp_core import hookspecs, protocol
@@ -25,6 +23,8 @@ from gp_core.events import Event
 from gp_core.options import ProvisionerOptions
 from gp_core.plugins import plugins
 from gp_core.server import KernelServer
+from gp_launchers.errors import CODES
+from gp_launchers.supervisor import Supervisor
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"

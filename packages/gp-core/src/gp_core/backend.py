@@ -140,7 +140,7 @@ class LaunchRequest(KernelInfo):
         return [*start, *self.launcher_options, "--", *self.argv]
 
     def script_environment(self) -> dict[str, str]:
-        """Return what a command that runs on this machine needs on top of the server's environment, secrets included."""
+        """Return the variables that a command on this machine needs on top of the server's, secrets included."""
         return {**expanded(self.env, os.environ), **self.secrets}
 
 

@@ -134,9 +134,10 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         assert self._planned is not None
         plan = self._planned.plan
-        kernel: RemoteKernel = self._kernel or await runtime().call(self._new_kernel(self._planned))
+        known = self._kernel
+        kernel = known or await runtime().call(self._new_kernel(self._planned))
         try:
-            await runtime().call(kernel.restart(plan) if self._kernel else kernel.launch(plan))
+            await runtime().call(kernel.restart(plan) if known else kernel.launch(plan))
         except asyncio.CancelledError:
             runtime().submit(kernel.abandon())
             raise

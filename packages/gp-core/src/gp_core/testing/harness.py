@@ -23,7 +23,7 @@ from ..backend import Backend, Handle, LaunchRequest, State, Status
 from ..kernel import Plan, RemoteKernel
 from ..runtime import runtime
 from ..server import KernelServer
-from ..store import FileStore, Record
+from ..store import Record
 from . import tiny_kernel
 
 
@@ -106,6 +106,26 @@ class Started:
         except (OSError, ValueError, asyncio.TimeoutError):
             return False
         return True
+
+
+class MemoryStore:
+    """Records as JSON in memory: nothing waits for a disk."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, str] = {}
+
+    def put(self, record: Record) -> None:
+        self._records[record.kernel_id] = record.to_json()
+
+    def get(self, kernel_id: str) -> Record | None:
+        text = self._records.get(kernel_id)
+        return Record.from_json(text) if text else None
+
+    def remove(self, kernel_id: str) -> None:
+        self._records.pop(kernel_id, None)
+
+    def list(self) -> list[Record]:
+        return [Record.from_json(text) for text in self._records.values()]
 
 
 class Installation:
