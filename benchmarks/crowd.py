@@ -58,7 +58,9 @@ def at_once(contestants: list[Contestant], work: Path, rounds: int) -> list[Row]
     )
     for which, row in late.items():
         if found := idle[which].summary("lag"):
-            row.notes.append(f"a process that does nothing, beside ours at the same time: {which} {found.median:.0f} ms")
+            row.notes.append(
+                f"a process that does nothing, beside ours at the same time: {which} {found.median:.0f} ms"
+            )
     return [all_ready, *late.values(), cpu]
 
 

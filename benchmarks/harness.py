@@ -150,7 +150,9 @@ class Series:
 
     def forget(self) -> None:
         """Drop the samples until now, but not what went wrong."""
-        self.columns = {who: [] if samples and not math.isnan(samples[-1]) else samples for who, samples in self.columns.items()}
+        self.columns = {
+            who: [] if samples and not math.isnan(samples[-1]) else samples for who, samples in self.columns.items()
+        }
 
     def summary(self, who: str) -> Summary | None:
         return Summary.of(self.columns.get(who, []))

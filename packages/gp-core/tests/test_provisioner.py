@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+import uvloop
 from jupyter_client import AsyncKernelManager, KernelManager
 from tornado.web import HTTPError
 
@@ -533,3 +534,13 @@ async def test_many_kernels_at_once(manager: Make, installation: Path) -> None:
 
 def test_event_names_are_distinct() -> None:
     assert len({event.value for event in Event}) == len(Event)
+
+
+def test_a_host_application_may_have_a_loop_of_its_own(manager: Make) -> None:
+    async def life() -> None:
+        km = manager()
+        await km.start_kernel()
+        assert await km.is_alive()
+        await km.shutdown_kernel(now=True)
+
+    uvloop.run(life())

@@ -65,6 +65,12 @@ class Driven:
         """What `is_alive` says."""
         return bool(self.do(self.manager.is_alive()))
 
+    @property
+    def exit_code(self) -> int | None:
+        """What `poll` says."""
+        assert self.manager.provisioner is not None
+        return asyncio.run(self.manager.provisioner.poll())
+
     # -- cells
 
     def run(self, code: str, timeout: float = 30.0) -> str:

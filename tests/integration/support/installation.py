@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -60,12 +61,11 @@ class Installation:
 
     def left_over(self) -> list[str]:
         """What should not be there any more: processes, records, endpoints and folders of kernels."""
-        run = self.home / "launchers"
-        folders = [path for path in run.rglob("*") if path.suffix != ".log" and not path.is_dir()]
+        files = [path for path in (self.home / "launchers").rglob("*") if not path.is_dir()]
         endpoints = [path for path in self.jupyter.runtime_dir.glob("*-ipc-*")]
         return [
             *(f"process {pid}: {line}" for pid, line in self.processes().items()),
-            *(f"file {path}" for path in [*self.records(), *folders, *endpoints]),
+            *(f"file {path}" for path in [*self.records(), *files, *endpoints]),
         ]
 
     def check_nothing_left(self, within: float = PATIENCE) -> None:
@@ -78,6 +78,10 @@ class Installation:
             wait_until(lambda: not self.left_over(), within)
         if left := self.left_over():
             pytest.fail("the test left behind:\n" + "\n".join(left), pytrace=False)
+
+    def sweep(self) -> None:
+        """Remove what a killed launcher leaves: others do that, but only after a minute."""
+        shutil.rmtree(self.home / "launchers")
 
     def end_processes(self) -> None:
         """Kill what is left over, so that a failed test spoils no other."""

@@ -134,10 +134,11 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         assert self._planned is not None
         plan = self._planned.plan
-        known = self._kernel
-        kernel = known or await runtime().call(self._new_kernel(self._planned))
+        kernel, again = self._kernel, self._kernel is not None
+        if kernel is None:
+            kernel = await runtime().call(self._new_kernel(self._planned))
         try:
-            await runtime().call(kernel.restart(plan) if known else kernel.launch(plan))
+            await runtime().call(kernel.restart(plan) if again else kernel.launch(plan))
         except asyncio.CancelledError:
             runtime().submit(kernel.abandon())
             raise

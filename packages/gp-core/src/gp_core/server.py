@@ -103,8 +103,9 @@ class KernelServer(LoggingConfigurable):
         """
         if not self.allow_protocol_1:
             raise LaunchDenied(
-                'the kernelspec says "launcher_protocol": 1, which this server does not speak: its operator may allow '
-                "it by GP_ALLOW_PROTOCOL_1=1 (KernelServer.allow_protocol_1); or make a new one: jupyter gp install --from"
+                'the kernelspec says "launcher_protocol": 1, which this server does not speak: its operator may '
+                "allow it by GP_ALLOW_PROTOCOL_1=1 (KernelServer.allow_protocol_1); "
+                "or make a new one by jupyter gp install --from"
             )
         await self.open()
         assert self._opening is not None

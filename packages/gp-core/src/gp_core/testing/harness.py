@@ -156,7 +156,7 @@ class Installation:
         self.python = python
         self.start_timeout = start_timeout
         self.requests: dict[str, LaunchRequest] = {}  #: what backends got, by kernel id
-        self.server = KernelServer(Config({"KernelServer": {"response_port": 0}}), store=FileStore(folder / "kernels"))
+        self.server = KernelServer(Config({"KernelServer": {"response_port": 0}}), store=MemoryStore())
         self._launcher = folder / f"gp-launcher-{launcher_version}.pyz"
         self._kernels: list[RemoteKernel] = []
         self._variable: str | None = None
