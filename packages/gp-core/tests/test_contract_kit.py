@@ -10,12 +10,10 @@ from gp_core.testing import BackendContract, FakeBackend
 
 HEAD = """
 import asyncio, contextlib, json, subprocess, sys, time, uuid
-import gp_core.kernel
 import pytest
 from gp_core import BackendError, Finding, State, Status, run_command
 from gp_core.testing import BackendContract, FakeBackend, FakePlatform
 
-gp_core.kernel.STOP = 0.5  # seconds; a broken job does not end by waiting
 
 
 class FakeContract(BackendContract):
@@ -413,7 +411,9 @@ def passed(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
             found[cls][test] = found[cls].get(test, True) and report.passed
 
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:asyncio", "-c", str(folder / "pytest.ini")]
-    pytest.main([*options, "--rootdir", str(folder), str(folder)], plugins=[Collector()])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "STOP", 0.5)  # seconds; a broken job does not end by waiting
+        pytest.main([*options, "--rootdir", str(folder), str(folder)], plugins=[Collector()])
     return found
 
 

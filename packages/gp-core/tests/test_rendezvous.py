@@ -389,8 +389,30 @@ async def test_no_port_at_all_is_an_error_that_says_what_to_set(monkeypatch: pyt
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setenv("GP_RESPONSE_PORT", str(taken.getsockname()[1]))
         monkeypatch.setenv("GP_RESPONSE_PORT_RETRIES", "0")
+        monkeypatch.setenv("GP_RESPONSE_ADDR_ANY", "1")
         with pytest.raises(Exception, match="GP_RESPONSE_PORT"):
             await runtime().call(kernel_server().open())
+
+
+async def test_on_the_loopback_any_port_is_better_than_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setenv("GP_RESPONSE_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setenv("GP_RESPONSE_PORT_RETRIES", "0")
+        made = kernel_server()
+        await runtime().call(made.open())
+        assert made.port != taken.getsockname()[1]
+
+
+async def test_a_kernel_whose_backend_is_not_installed_is_not_served_and_hurts_nobody(server: KernelServer) -> None:
+    gone = Owner(Owner.me().host, 2**22 + 5, 0.0)
+    record = Record(kernel_id="k9", kernel_name="x", user="a", backend="gone", token=protocol.digest("token"), owner=gone)
+    server.store.put(record)
+    dialing = launcher(server, kernel_id="k9")
+    await dialing.connect()
+    answer = await dialing.hello()
+    assert answer is not None
+    assert (answer["reason"], answer["final"]) == ("not_here", False)
+    dialing.close()
 
 
 async def test_bind_and_advertise_are_separate_and_know_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,7 +171,7 @@ class RemoteKernel:
             await self._save()
             self._restart = message
             self._send(message)
-            self._reports.put_nowait(Report("connected"))
+            self._report(Report("connected"))
             await self._confirm(plan, watch=False)
             await self._save()
         except BaseException as error:
@@ -271,7 +271,7 @@ class RemoteKernel:
         if protocol1.MUTE not in self.capabilities:
             self._stop_looking()
         self._tell(Event.RESUMED if again else Event.CONNECTED, f"launcher {hello.launcher} at {session.address}")
-        self._reports.put_nowait(Report("connected"))
+        self._report(Report("connected"))
         if self._restart is not None and hello.run < self.record.run:
             restart = self._restart
             asyncio.get_running_loop().call_soon(self._send, restart)  # after the answer
@@ -285,7 +285,7 @@ class RemoteKernel:
             listening = protocol.Listening.read(message)
             if listening.run == self.record.run:
                 self._take_ports(listening.ports)
-                self._reports.put_nowait(Report("listening"))
+                self._report(Report("listening"))
         else:
             exited = protocol.Exited.read(message)
             if exited.run == self.record.run:
@@ -303,6 +303,10 @@ class RemoteKernel:
         self._tell(Event.LOST)
         self._look()
 
+    def _report(self, report: Report) -> None:
+        if self._starting:  # a launcher that never stops reporting must not fill the memory
+            self._reports.put_nowait(report)
+
     def _take_ports(self, ports: Mapping[str, int]) -> None:
         allowed = PortRange.parse(self.record.port_range)
         for name, port in ports.items():
@@ -311,7 +315,7 @@ class RemoteKernel:
         self.record.connection |= ports
 
     def _has_ended(self, code: int, report: Report) -> None:
-        self._reports.put_nowait(report)
+        self._report(report)
         if self.exit_code is not None or self._removed:
             return
         self.exit_code = code

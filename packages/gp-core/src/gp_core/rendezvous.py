@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from gp_launchers.wire import MAX_FRAME, MAX_HELLO, MESSAGE, Decoder, WireError, pack_message, unpack_message
 
 from . import protocol
-from .errors import ConfigError, ProtocolError
+from .errors import ConfigError, GPError, ProtocolError
 from .protocol import Hello, Message
 
 log = logging.getLogger(__name__)
@@ -276,7 +276,11 @@ class Rendezvous:
         if not hello.speaks:
             found: Kernel | Message = protocol.refused("version", "this server speaks protocol 2 only", final=True)
         else:
-            found = await self._doorkeeper(hello)
+            try:
+                found = await self._doorkeeper(hello)
+            except GPError as error:
+                log.warning("kernel %s cannot be served: %s", hello.kernel_id, error)
+                found = protocol.refused("not_here", "this server cannot serve the kernel", final=False)
         if session not in self._strangers:
             return  # gone meanwhile
         self.session_ended(session)

@@ -90,7 +90,13 @@ class KernelServer(LoggingConfigurable):
                 return
             self.identity = await runtime().blocking(Identity.load, data_folder())
             made = Rendezvous(self.identity.context(), self._doorkeeper, self._hand_over)
-            self.port = await made.listen(self.bind_addresses(), self.response_port, self.response_port_retries)
+            bound = self.bind_addresses()
+            try:
+                self.port = await made.listen(bound, self.response_port, self.response_port_retries)
+            except ConfigError:
+                if bound != ["127.0.0.1"]:
+                    raise  # a firewall may have to know the port
+                self.port = await made.listen(bound, 0, 0)  # twelve users of one machine, say
             self.rendezvous = made
             self.log.info("launchers call back to %s", ", ".join(self.addresses(local=False)))
             runtime().at_exit.append(self._farewell)

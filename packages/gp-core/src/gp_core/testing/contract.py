@@ -451,7 +451,7 @@ class BackendContract:
             return bool((await started.ask())["signals"])
 
         if sent:
-            assert await eventually(arrived, self.end_timeout, every=0.1), "told as sent, but it did not arrive"
+            assert await eventually(arrived, self.end_timeout, every=min(0.1, self.settle)), "told as sent, but it did not arrive"
         await asyncio.sleep(self.settle)
         assert (await started.ask())["signals"] == [int(signal.SIGINT)] * sent
         assert (await started.backend.status(started.handle)).state is State.RUNNING
@@ -527,7 +527,9 @@ class BackendContract:
             return await backend.discover(kernel_id) == []
 
         for _ in range(2):
-            assert await eventually(empty, self.end_timeout, every=0.1), await backend.discover(kernel_id)
+            assert await eventually(empty, self.end_timeout, every=min(0.1, self.settle)), (
+                f"this is left: {await backend.discover(kernel_id)}"
+            )
             await asyncio.sleep(self.settle)  # a job that was still on its way would be there now
         assert gp.server.store.get(kernel_id) is None
 
