@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lines import serve
+
 from gp_core import protocol
 from gp_core.identity import Identity
 from gp_launchers import wire
-from lines import serve
 
 BARE = sys.argv[1:] == ["bare"]
 
@@ -69,7 +70,7 @@ async def listen_ours(count: int, known: bool) -> dict[str, Any]:
             record.token = protocol.digest(f"token-{number}")
             record.secret = protocol.digest(f"secret-{number}") if known else None
             record.handle, record.owner, record.state = {"pid": 0}, server.owner, "running"
-            record.connection = {name: 0 for name in protocol.PORTS} | {"transport": "tcp", "ip": "127.0.0.1"}
+            record.connection = dict.fromkeys(protocol.PORTS, 0) | {"transport": "tcp", "ip": "127.0.0.1"}
             server.kernels[record.kernel_id] = RemoteKernel(server, backend, record)
 
     await runtime().call(register())

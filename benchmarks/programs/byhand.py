@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gp_core.identity import Identity
-from gp_launchers import bundle, wire
 from lines import serve
 from ticker import Ticker
+
+from gp_core.identity import Identity
+from gp_launchers import bundle, wire
 
 PACKAGE = "import sys; sys.path.insert(0, {path!r}); from gp_launchers.__main__ import main; sys.exit(main())"
 INSTANT = str(Path(__file__).with_name("instant_kernel.py"))

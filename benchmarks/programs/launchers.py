@@ -17,8 +17,9 @@ import threading
 import time
 from typing import Any
 
-from gp_launchers import wire
 from lines import serve
+
+from gp_launchers import wire
 
 PING = 30.0
 PIN = json.dumps({"type": "ping", "n": 1}).encode()

@@ -37,7 +37,7 @@ class NullProvisioner(KernelProvisionerBase):
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
         names = ("shell_port", "iopub_port", "stdin_port", "hb_port", "control_port")
         self.connection_info = {
-            **{name: 9 for name in names},  # nobody is there
+            **dict.fromkeys(names, 9),  # nobody is there
             "ip": "127.0.0.1",
             "transport": "tcp",
             "key": self.parent.session.key,
