@@ -94,7 +94,8 @@ def attach(work: Path, rounds: int, count: int, idle: float) -> list[Row]:
             if known:
                 memory.series.add(kind, found["kib"])
     redial.notes.append(
-        f"{PROCESSES} launcher process(es); bare: asyncio's own TLS server with the same certificate, which asks nothing"
+        f"{PROCESSES} process(es) with launchers; bare: asyncio's own TLS server with the same certificate, "
+        "which asks nothing"
     )
     return [redial, redial_cpu, first, first_cpu, memory, _idle(work, count, idle)]
 

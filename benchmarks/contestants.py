@@ -25,8 +25,8 @@ STANZAS: dict[str, dict[str, Any]] = {
 def peer_python() -> str:
     """Return the interpreter of the peer's environment, made at the first call.
 
-    The peer claims provisioner names that ours may claim too, so it lives alone, outside of the checkout. An environment
-    that exists is named by GP_BENCH_PEER_PYTHON.
+    The peer claims provisioner names that ours may claim too, so it lives alone, outside of the checkout.
+    GP_BENCH_PEER_PYTHON names an environment that exists already.
     """
     if given := os.environ.get("GP_BENCH_PEER_PYTHON"):
         return given

@@ -8,6 +8,7 @@ from typing import Any
 from contestants import Contestant
 from harness import Failed, Goal, Row, Series
 
+PEER_ROUNDS = 3
 LIFE = ("start", "interrupt", "restart", "restart-now", "shutdown", "death")
 COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "start": ("start", {"kernel": "ipykernel"}),
@@ -43,12 +44,14 @@ def life(contestants: list[Contestant], wanted: set[str], rounds: int) -> list[R
     }
     steps = [step for step in LIFE if step in wanted | {"start", "shutdown"}]
     for number in range(-1, rounds):
+        # some steps take the peer half a minute
+        taking_part = [contestant for contestant in contestants if contestant.name != "peer" or number < PEER_ROUNDS]
         for step in steps:
             if step == "death":
-                in_turn(contestants, Series(), lambda contestant: contestant.host.ask("start", kernel="ipykernel"))
+                in_turn(taking_part, Series(), lambda contestant: contestant.host.ask("start", kernel="ipykernel"))
             command, arguments = COMMANDS[step]
-            in_turn(contestants, rows[step].series, _sample(command, arguments))
-        for contestant in contestants:
+            in_turn(taking_part, rows[step].series, _sample(command, arguments))
+        for contestant in taking_part:
             contestant.host.ask("forget")
         if number < 0:  # to warm up: byte code, file cache, the listener
             for row in rows.values():

@@ -1,4 +1,4 @@
-"""A server that launchers attach to: ours as it is, with kernels that exist in its books only, or a bare asyncio one."""
+"""A server that launchers attach to: ours, with kernels that exist in its books only, or a bare one of asyncio's."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ async def listen_bare(count: int, known: bool) -> dict[str, Any]:
 
 
 async def listen_ours(count: int, known: bool) -> dict[str, Any]:
-    """Open the listener of a server that has started some kernels: launcher N has the id kernel-N and the token token-N.
+    """Open the listener of a server that has started some kernels; number N has the id kernel-N and the token token-N.
 
     Args:
         count: How many.

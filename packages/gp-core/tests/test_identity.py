@@ -22,17 +22,19 @@ def test_processes_that_start_at_once_agree(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         loaded = {identity.pins for identity in pool.map(lambda _: Identity.load(tmp_path), range(8))}
     assert len(loaded) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["server-next.pem", "server.pem"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seal.key", "server-next.pem", "server.pem"]
 
 
 def test_a_launcher_of_last_year_knows_the_certificate_after_the_rotation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = Identity.load(tmp_path)
+    sealed = before.seal(b"x")
     monkeypatch.setattr(identity, "ROTATE_AFTER", datetime.timedelta(0))
     after = Identity.load(tmp_path)
     assert after.pins[0] == before.pins[1]
     assert after.pins[1] not in before.pins
+    assert after.unseal(sealed) == b"x"
 
 
 def test_open_modes_are_closed(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -105,6 +107,15 @@ async def test_the_kernel_gets_its_environment_and_no_secret(
     assert int(env["JPY_PARENT_PID"]) != os.getpid()
 
 
+async def test_variables_that_an_application_adds_late_travel_too(manager: Make) -> None:
+    km = manager()
+    command, kwargs = await km._async_pre_start_kernel()
+    kwargs["env"]["KERNEL_GATEWAY"] = "1"
+    await km._async_launch_kernel(command, **kwargs)
+    assert ask(km)["env"]["KERNEL_GATEWAY"] == "1"
+    await km.shutdown_kernel(now=True)
+
+
 async def test_no_secret_can_be_read_anywhere(
     started: AsyncKernelManager, installation: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,16 +134,22 @@ async def test_no_secret_can_be_read_anywhere(
 
 
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])
-async def test_the_managers_transport_is_honoured(manager: Make, transport: str, tmp_path: Path) -> None:
+async def test_the_managers_transport_is_honoured(
+    manager: Make, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tempfile.mkdtemp(prefix="gp-")  # a socket's path has at most 107 bytes
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", short)
     km = manager("python3", "-c", IPC_KERNEL, "{connection_file}") if transport == "ipc" else manager()
     km.transport = transport
     await km.start_kernel()
     try:
         assert km.get_connection_info()["transport"] == transport
         if transport == "ipc":
-            assert all(Path(f"{km.ip}-{port}").is_socket() for port in km.ports)
+            paths = [Path(f"{km.ip}-{port}") for port in km.ports]
+            assert all(path.is_socket() and path.parent == Path(short) for path in paths)
     finally:
         await km.shutdown_kernel(now=True)
+    shutil.rmtree(short)
 
 
 IPC_KERNEL = """

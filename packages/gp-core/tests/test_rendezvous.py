@@ -405,7 +405,9 @@ async def test_on_the_loopback_any_port_is_better_than_none(monkeypatch: pytest.
 
 async def test_a_kernel_whose_backend_is_not_installed_is_not_served_and_hurts_nobody(server: KernelServer) -> None:
     gone = Owner(Owner.me().host, 2**22 + 5, 0.0)
-    record = Record(kernel_id="k9", kernel_name="x", user="a", backend="gone", token=protocol.digest("token"), owner=gone)
+    record = Record(
+        kernel_id="k9", kernel_name="x", user="a", backend="gone", token=protocol.digest("token"), owner=gone
+    )
     server.store.put(record)
     dialing = launcher(server, kernel_id="k9")
     await dialing.connect()

@@ -3,9 +3,10 @@
 import re
 import shlex
 
+from traitlets import List, Unicode
+
 import gp_core as gp
 from gp_core import Reason, State
-from traitlets import List, Unicode
 
 REFUSED = Reason("SlurmRefused", "Correct partition and options of this kernelspec; sinfo shows what there is.")
 QUEUED = Reason("SlurmQueued", "Wait for free nodes, choose another partition, or raise launch_timeout.")

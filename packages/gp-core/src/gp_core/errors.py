@@ -44,6 +44,9 @@ PLATFORM_FAILED = Reason("PlatformFailed", "The platform ended the job: its own 
 AUTHENTICATION_FAILED = Reason("AuthenticationFailed", "Check the credentials that the backend uses on its platform.")
 NO_PORT = Reason("NoPort", "No free port in port_range on the far side: widen the range or stop other kernels.")
 NO_SPACE = Reason("NoSpace", "The far side's runtime folder is full or read-only: free space or set GP_RUNTIME_DIR.")
+NO_CONNECTION_FILE = Reason(
+    "NoConnectionFile", "The launcher cannot use its runtime folder over there: choose another one by GP_RUNTIME_DIR."
+)
 TLS_UNSUPPORTED = Reason(
     "TlsUnsupported", "The far side's Python has no TLS 1.3: use a Python built with OpenSSL 1.1.1 or newer."
 )
@@ -89,6 +92,7 @@ class LaunchDenied(GPError):
     """Policy forbids this launch."""
 
     http_status = 403
+    failure = DENIED
 
 
 class LaunchFailed(GPError):

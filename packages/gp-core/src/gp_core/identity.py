@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import datetime
 import hashlib
 import os
 import ssl
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from cryptography import x509
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import NameOID
 
 from .errors import StoreError
@@ -32,10 +31,12 @@ class Identity:
 
     Args:
         pem: File with private key and certificate in use.
+        sealing: File with the key of `seal`, which never changes.
         pins: SHA-256 of the whole certificate in use and of the next one, in hex.
     """
 
     pem: Path
+    sealing: Path
     pins: tuple[str, str]
 
     @classmethod
@@ -50,13 +51,14 @@ class Identity:
         """
         try:
             private_folder(folder)
-            current, following = folder / "server.pem", folder / "server-next.pem"
+            current, following, sealing = (folder / name for name in ("server.pem", "server-next.pem", "seal.key"))
+            _ensure(sealing, Fernet.generate_key)
             for path in (current, following):
                 _ensure(path)
             if _age(current) > ROTATE_AFTER:
                 os.replace(following, current)
                 _ensure(following)
-            return cls(current, (_pin(current), _pin(following)))
+            return cls(current, sealing, (_pin(current), _pin(following)))
         except (OSError, ValueError) as error:
             raise StoreError(f"the server's key in {folder} cannot be used: {error}") from None
 
@@ -84,8 +86,7 @@ class Identity:
             raise StoreError("the kernel's secrets were sealed with another server key") from None
 
     def _box(self) -> Fernet:
-        key = HKDF(hashes.SHA256(), 32, salt=None, info=b"gp provisioner info").derive(self.pem.read_bytes())
-        return Fernet(base64.urlsafe_b64encode(key))
+        return Fernet(self.sealing.read_bytes())
 
 
 def _certificate(pem: Path) -> x509.Certificate:
@@ -101,22 +102,25 @@ def _age(pem: Path) -> datetime.timedelta:
     return datetime.datetime.now(datetime.timezone.utc) - made if made else datetime.timedelta()
 
 
-def _ensure(path: Path) -> None:
-    if path.exists():
-        if path.stat().st_mode & 0o077:
-            path.chmod(0o600)
-        return
+def _key_and_certificate() -> bytes:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gateway provisioners")])
     now = datetime.datetime.now(datetime.timezone.utc)
     made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + LIFETIME)
-    pem = key.private_bytes(
+    return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     ) + made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def _ensure(path: Path, make: Callable[[], bytes] = _key_and_certificate) -> None:
+    if path.exists():
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(pem)
+            file.write(make())
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileExistsError):

@@ -268,7 +268,7 @@ def gp_spec_templates() -> list[SpecTemplate]:
             description="Python on this machine, through the whole protocol",
             spec={
                 "argv": ["python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-                "display_name": "Python 3 (gp)",
+                "display_name": "Python 3",
                 "language": "python",
             },
         )

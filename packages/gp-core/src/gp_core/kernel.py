@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 from . import protocol, protocol1, startup
 from .backend import Backend, Handle, KernelInfo, LaunchRequest, State, Status
-from .errors import LAUNCHER_DIED, BackendError, ConfigError, ProtocolError, StoreError
+from .command import launch_environment
+from .errors import CANCELLED, LAUNCHER_DIED, BackendError, ConfigError, ProtocolError, StoreError
 from .events import Announcer, Event, KernelEvent
 from .plugins import plugins
 from .ports import PortRange
@@ -54,6 +55,11 @@ class Plan:
     timeout: float
     confirm: Literal["listening", "connected"] = "listening"
     older: protocol1.Terms | None = None
+
+    def with_environment(self, more: Mapping[str, str]) -> Plan:
+        """Return the plan with more variables for the kernel, taken literally."""
+        more = launch_environment(kernelspec={}, requested=more, process={})
+        return replace(self, request=replace(self.request, env={**self.request.env, **more})) if more else self
 
 
 class RemoteKernel:
@@ -237,8 +243,10 @@ class RemoteKernel:
         return ""
 
     async def _give_up(self, error: BaseException, launching: asyncio.Task[Handle] | None) -> None:
-        detail = str(error) if isinstance(error, Exception) else "cancelled"
-        self._tell(Event.FAILED, detail, data={"reason": getattr(getattr(error, "failure", None), "code", None)})
+        cancelled = not isinstance(error, Exception)
+        reason = CANCELLED if cancelled else getattr(error, "failure", None)
+        detail = CANCELLED.advice if cancelled else str(error)
+        self._tell(Event.FAILED, detail, data={"reason": reason.code if reason else None})
         cleaning = runtime().spawn(self._clean_up(launching), name=f"clean-up of kernel {self.info.kernel_id}")
         if isinstance(error, Exception):
             await asyncio.wait({asyncio.shield(cleaning)}, timeout=STOP)

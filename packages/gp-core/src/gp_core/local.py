@@ -214,7 +214,7 @@ def _tail(path: Path, lines: int) -> str:
         return ""
 
 
-class LocalProvisioner(RemoteProvisioner):
+class EmbeddedProvisioner(RemoteProvisioner):
     """Selected by ``"provisioner_name": "gp-local-provisioner"``."""
 
     backend_name = "local"

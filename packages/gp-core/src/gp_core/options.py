@@ -99,7 +99,7 @@ class ProvisionerOptions(LoggingConfigurable):
         default_value=None,
         help="Who creates the job: the backend, or argv run here.",
     ).tag(config=True)
-    launcher_protocol = Int(2, min=1, max=2, help="1: argv brings a launcher of the peer's.").tag(config=True)
+    launcher_protocol = Int(2, min=1, max=2, help="1: argv brings a launcher of gateway_provisioners.").tag(config=True)
     impersonation_enabled = from_env(Bool(False, help="Start the kernel as the user."), "GP_IMPERSONATION_ENABLED")
 
     @default("unauthorized_users")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import zmq
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.multikernelmanager import MultiKernelManager
+from jupyter_core.paths import jupyter_runtime_dir
 
 from gp_launchers import __version__ as launcher_version
 
@@ -205,9 +206,12 @@ class Planner:
     def _connection(self, old: Mapping[str, Any]) -> dict[str, Any]:
         """Return the template of the kernel's connection file: what is 0 in it the launcher chooses."""
         manager, here = self.manager, self.backend.runs_here and self.manager is not None
+        ip = manager.ip if here else self.backend.bind_address
+        if here and manager.transport == "ipc" and not os.path.isabs(ip):
+            ip = os.path.join(jupyter_runtime_dir(), f"kernel-{self.kernel_id}-ipc")  # not the server's current folder
         info: dict[str, Any] = {
             "transport": manager.transport if here else "tcp",
-            "ip": manager.ip if here else self.backend.bind_address,
+            "ip": ip,
             "key": text(old.get("key") or (manager.session.key if manager is not None else os.urandom(32).hex())),
             "signature_scheme": manager.session.signature_scheme if manager is not None else "hmac-sha256",
             "kernel_name": getattr(manager, "kernel_name", ""),

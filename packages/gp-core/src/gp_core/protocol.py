@@ -14,10 +14,10 @@ from typing import Any
 
 from gp_launchers.wire import VERSION
 
-from .errors import COMMAND_NOT_FOUND, KERNEL_DIED, NO_PORT, NO_SPACE, ProtocolError, Reason
+from .errors import COMMAND_NOT_FOUND, KERNEL_DIED, NO_CONNECTION_FILE, NO_PORT, NO_SPACE, ProtocolError, Reason
 
 PORTS = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
-_REASONS = {reason.code: reason for reason in (COMMAND_NOT_FOUND, KERNEL_DIED, NO_PORT, NO_SPACE)}
+_REASONS = {reason.code: reason for reason in (COMMAND_NOT_FOUND, KERNEL_DIED, NO_CONNECTION_FILE, NO_PORT, NO_SPACE)}
 
 
 def digest(secret: str) -> str:

@@ -72,6 +72,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         self._kernel: RemoteKernel | None = None
         self._reaped = True
         self._planned: Planned | None = None
+        self._env: dict[str, str] = {}
 
     # -- what jupyter_client asks for
 
@@ -128,12 +129,15 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         planner = await self._planner(server)
         self._planned = planner.plan(requested, extra, kwargs, self.connection_info)
         self.connection_info = _for_manager(self._planned.plan.connection)
-        return {**kwargs, "cmd": list(self._planned.plan.request.argv), "env": dict(requested or os.environ)}
+        self._env = dict(requested if requested is not None else os.environ)
+        return {**kwargs, "cmd": list(self._planned.plan.request.argv), "env": dict(self._env)}
 
     @boundary
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> KernelConnectionInfo:
         assert self._planned is not None
-        plan = self._planned.plan
+        # Kernel Gateway adds variables of its own between pre_launch and here
+        late = {name: value for name, value in kwargs.get("env", {}).items() if self._env.get(name) != value}
+        plan = self._planned.plan.with_environment(late)
         kernel, again = self._kernel, self._kernel is not None
         if kernel is None:
             kernel = await runtime().call(self._new_kernel(self._planned))

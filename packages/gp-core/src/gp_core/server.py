@@ -51,7 +51,7 @@ class KernelServer(LoggingConfigurable):
         Int(10, min=0, help="How many following ports are tried when it is taken."), "GP_RESPONSE_PORT_RETRIES"
     )
     response_addr_any = from_env(
-        Bool(False, help="Bind every interface (peer's name for bind_ip)."), "GP_RESPONSE_ADDR_ANY"
+        Bool(False, help="Bind every interface (an older name for bind_ip)."), "GP_RESPONSE_ADDR_ANY"
     )
     prohibited_local_ips = from_env(
         List(Unicode(), help="Patterns of own addresses never to advertise, such as 172.17.*."),
@@ -98,7 +98,12 @@ class KernelServer(LoggingConfigurable):
                     raise  # a firewall may have to know the port
                 self.port = await made.listen(bound, 0, 0)  # twelve users of one machine, say
             self.rendezvous = made
-            self.log.info("launchers call back to %s", ", ".join(self.addresses(local=False)))
+            self.log.info(
+                "listening on %s port %d; launchers call back to %s",
+                ", ".join(bound),
+                self.port,
+                ", ".join(self.addresses(local=False)),
+            )
             runtime().at_exit.append(self._farewell)
 
     async def open_protocol_1(self) -> None:

@@ -15,6 +15,7 @@ from .errors import (
     KERNEL_DIED,
     LAUNCH_TIMEOUT,
     LAUNCHER_DIED,
+    TLS_UNSUPPORTED,
     LaunchFailed,
     LaunchTimeout,
     Reason,
@@ -114,12 +115,14 @@ async def confirmed(
             verdict = judge(status, time.monotonic() - started)
             if not verdict.wait:
                 await asyncio.sleep(0.2)  # the launcher's own last words may be on their way, and say more
+                said = await log()
                 detail = verdict.detail or status.detail or f"its job is {status.state.value}"
                 raise LaunchFailed(
                     f"kernel {kernel.kernel_id} ({kernel.kernel_name}) did not start: {detail}",
-                    reason=verdict.reason,
+                    # a launcher that cannot speak TLS 1.3 has no other way to tell
+                    reason=TLS_UNSUPPORTED if f"{TLS_UNSUPPORTED.code}:" in said else verdict.reason,
                     exit_code=status.exit_code,
-                    log=await log(),
+                    log=said,
                 )
 
     hearing, looking = asyncio.ensure_future(hear()), asyncio.ensure_future(look())

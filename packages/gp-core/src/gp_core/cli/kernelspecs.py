@@ -26,7 +26,7 @@ class Install(Command):
     usage = "BACKEND --from KERNELSPEC [options]"
     details = """\
 example:
-  jupyter gp install ssh --from python3 --set remote_hosts=h1,h2 --name far"""
+  jupyter gp install local --from python3 --name patient --set launch_timeout=60"""
 
     @default("log_level")
     def _no_warnings(self) -> int:

@@ -28,6 +28,7 @@ PEER_OPTIONS = frozenset(
         "port-range",
         "response-address",
         "public-key",
+        "transport-encryption",
         "kernel-class-name",
         "spark-context-initialization-mode",
     }

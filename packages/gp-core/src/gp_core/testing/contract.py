@@ -284,7 +284,7 @@ class BackendContract:
     async def test_job_that_dies_is_told_with_its_log(self, gp: Installation) -> None:
         """A job that ends before its launcher could call anybody - a Python too old, a full disk - is noticed by the
         platform's word and not by the clock, and its output, which alone says why, is in the error."""
-        request = gp.request(launcher_options=["--no-such-option=1"])
+        request = gp.request(more_options=["--no-such-option=1"])
         error = await _failure(gp, request)
         assert "no-such-option" in str(error), f"the job's output is not in the error: {error}"
         await self._nothing_left(gp, request.kernel_id)
@@ -451,7 +451,9 @@ class BackendContract:
             return bool((await started.ask())["signals"])
 
         if sent:
-            assert await eventually(arrived, self.end_timeout, every=min(0.1, self.settle)), "told as sent, but it did not arrive"
+            assert await eventually(arrived, self.end_timeout, every=min(0.1, self.settle)), (
+                "told as sent, but it did not arrive"
+            )
         await asyncio.sleep(self.settle)
         assert (await started.ask())["signals"] == [int(signal.SIGINT)] * sent
         assert (await started.backend.status(started.handle)).state is State.RUNNING

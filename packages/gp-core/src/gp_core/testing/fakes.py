@@ -243,9 +243,8 @@ class FakeLauncher:
                 self.run_number, self.env = message["run"], message["env"] or {}
                 self.argv = message["argv"] or self.argv
                 await self._report(await self._start_kernel())
-            elif message["type"] == "signal":
-                if code := self.deliver(message["signum"]):
-                    await self._report(code)
+            elif message["type"] == "signal" and (code := self.deliver(message["signum"])):
+                await self._report(code)
         return None
 
     async def _report(self, code: tuple[int, str | None] | None) -> None:

@@ -21,6 +21,8 @@ from gp_launchers import bundle
 
 from ..backend import Backend, Handle, LaunchRequest, State, Status
 from ..kernel import Plan, RemoteKernel
+from ..planning import launcher_options
+from ..ports import PortRange
 from ..runtime import runtime
 from ..server import KernelServer
 from ..store import Record
@@ -209,7 +211,7 @@ class Installation:
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         kernel_id: str | None = None,
-        launcher_options: Sequence[str] = (),
+        more_options: Sequence[str] = (),
     ) -> LaunchRequest:
         """Return the request for one tiny kernel.
 
@@ -220,11 +222,10 @@ class Installation:
             env: Variables for the kernel.
             cwd: Its working directory.
             kernel_id: Default: a new one.
-            launcher_options: More of them.
+            more_options: Of the launcher.
         """
         kernel_id = kernel_id or str(uuid.uuid4())
         source = inspect.getsource(tiny_kernel)
-        local = self.backend_class.runs_here
         return LaunchRequest(
             kernel_id=kernel_id,
             kernel_name="tiny",
@@ -235,11 +236,8 @@ class Installation:
             cwd=cwd,
             launcher_file=self._launcher,
             launcher_options=[
-                f"--kernel-id={kernel_id}",
-                f"--response-address={','.join(self.server.addresses(local=local))}",
-                f"--public-key={self.server.pins}",
-                "--port-range=0..0",
-                *launcher_options,
+                *launcher_options(self.server, kernel_id, PortRange(), 60.0, local=self.backend_class.runs_here),
+                *more_options,
             ],
         )
 

@@ -35,7 +35,8 @@ def main():
     signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
     with open(path) as file:
         connection = json.load(file)
-    print(HELLO, flush=True)
+    sys.stdout.write(HELLO + "\n")
+    sys.stdout.flush()
     if mode.startswith("exit:"):
         sys.stderr.write(LAST_WORDS + "\n")
         sys.exit(int(mode[5:]))
@@ -55,7 +56,7 @@ def main():
                 peer.settimeout(5)
                 try:
                     if peer.makefile().readline():  # a mere probe says nothing
-                        seen = dict(env=dict(os.environ), cwd=os.getcwd(), words=sys.argv[3:], pid=os.getpid())
+                        seen = {"env": dict(os.environ), "cwd": os.getcwd(), "words": sys.argv[3:], "pid": os.getpid()}
                         seen.update(host=socket.gethostname(), signals=signals, cmdlines=cmdlines())
                         peer.sendall(json.dumps(seen).encode())
                 except (OSError, ValueError):
