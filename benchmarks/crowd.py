@@ -68,7 +68,6 @@ def _note(all_ready: Row, cpu: Row, late: dict[str, Row], who: str, found: dict[
     if found["failures"]:
         problem = f"{len(found['failures'])} of {COUNT} starts failed, the first: {found['failures'][0]}"
         all_ready.series.fail(who, problem)
-        all_ready.notes.append(f"{who}: {problem}")
     else:
         all_ready.series.add(who, 1000 * found["seconds"])
     cpu.series.add(who, 1000 * found["cpu"])

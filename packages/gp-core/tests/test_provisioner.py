@@ -18,6 +18,7 @@ import psutil
 import pytest
 import uvloop
 from jupyter_client import AsyncKernelManager, KernelManager
+from jupyter_client.ioloop import AsyncIOLoopKernelManager
 from tornado.web import HTTPError
 
 from gp_core import kernel as kernel_module
@@ -415,6 +416,28 @@ async def test_a_restart_that_fails_can_be_tried_again(started: AsyncKernelManag
     started.kernel_spec.argv[:] = argv
     await started.restart_kernel(now=True)
     assert await started.is_alive()
+
+
+async def test_an_autorestart_that_fails_again_and_again_ends_in_dead(manager: Make, tmp_path: Path) -> None:
+    """As with a local kernel: five tries, then everybody is told; never "restarting" for ever."""
+    once = tmp_path / "once"
+    script = f"import os, runpy, sys; os.path.exists({str(once)!r}) and sys.exit(5); sys.argv[:] = sys.argv[1:]"
+    script += "; runpy.run_path(sys.argv[0], run_name='__main__')"
+    specs = Specs(kernelspec("python3", "-c", script, str(TINY), "{connection_file}", "serve"))
+    km = AsyncIOLoopKernelManager(kernel_name="tiny", kernel_spec_manager=specs)
+    told: list[str] = []
+    await km.start_kernel()
+    km._restarter.stop()
+    km._restarter.time_to_dead = 0.05
+    km._restarter.start()
+    for event in ("restart", "dead"):
+        km.add_restart_callback(lambda event=event: told.append(event), event)
+    once.touch()
+    os.kill(ask(km)["pid"], signal.SIGKILL)
+    await until(lambda: "dead" in told, 30)
+    assert told == ["restart"] * 5 + ["dead"]
+    assert not await km.is_alive()
+    await km.shutdown_kernel(now=True)
 
 
 async def test_a_restart_survives_a_lost_session(started: AsyncKernelManager) -> None:

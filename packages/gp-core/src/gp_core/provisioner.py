@@ -73,6 +73,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         self._reaped = True
         self._planned: Planned | None = None
         self._env: dict[str, str] = {}
+        self._end_wanted = False
 
     # -- what jupyter_client asks for
 
@@ -96,10 +97,12 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
 
     @boundary
     async def kill(self, restart: bool = False) -> None:
+        self._note_request()
         await self.send_signal(signal.SIGKILL)
 
     @boundary
     async def terminate(self, restart: bool = False) -> None:
+        self._note_request()
         await self.send_signal(signal.SIGTERM)
 
     @boundary
@@ -109,8 +112,13 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
             await runtime().call(kernel.remove())
 
     async def shutdown_requested(self, restart: bool = False) -> None:
+        self._note_request()
         if self._kernel is not None:
             runtime().loop.call_soon_threadsafe(self._kernel.end_requested)
+
+    def _note_request(self) -> None:
+        """Remember that the kernel's end is wanted: otherwise what follows is an autorestart."""
+        self._end_wanted = self._end_wanted or (self._kernel is not None and self._kernel.exit_code is None)
 
     def get_shutdown_wait_time(self, recommended: float = 5.0) -> float:
         chosen = self.shutdown_timeout if self.shutdown_timeout is not None else recommended
@@ -139,6 +147,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         late = {name: value for name, value in kwargs.get("env", {}).items() if self._env.get(name) != value}
         plan = self._planned.plan.with_environment(late)
         kernel, again = self._kernel, self._kernel is not None
+        mourned, self._end_wanted = again and not self._end_wanted, False
         if kernel is None:
             kernel = await runtime().call(self._new_kernel(self._planned))
         try:
@@ -146,6 +155,12 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         except asyncio.CancelledError:
             runtime().submit(kernel.abandon())
             raise
+        except GPError as error:
+            if not mourned:
+                raise
+            # an error here would stop upstream's restarter for good, with the kernel "restarting" for ever; a kernel
+            # that is dead again is what it counts, and after five of them it tells everybody
+            self.log.error("kernel %s died and could not be started again: %s", self.kernel_id, error)
         self._kernel = kernel
         self._reaped = False
         self.connection_info = _for_manager(kernel.connection)
