@@ -351,6 +351,15 @@ def test_sigterm_ends_kernel_and_launcher(launch, server):
     assert list(launch.runtime.iterdir()) == []
 
 
+def test_sigterm_before_anybody_handles_it_leaves_nothing(launch, server):
+    running = launch()
+    while not (launch.runtime.exists() and any(launch.runtime.iterdir())):
+        pass  # the moment is short
+    running.process.terminate()
+    assert running.wait() == 143
+    assert list(launch.runtime.iterdir()) == []
+
+
 def test_sigterm_without_a_server(launch, server):
     server.stop()
     running = launch()

@@ -7,6 +7,7 @@ why this module and those that it imports at its head use `os`, `sys` and small 
 from __future__ import annotations
 
 import gc
+import _signal  # type: ignore[import-not-found]  # `signal` imports `enum`: 5 ms
 import os
 import sys
 
@@ -15,6 +16,8 @@ from .launch import Launch
 from .log import Log
 from .options import HELP, UsageError, parse
 from .secrets_input import SecretsError, read_secrets
+
+HELD = (_signal.SIGTERM, _signal.SIGINT, _signal.SIGHUP, _signal.SIGUSR1, _signal.SIGUSR2, _signal.SIGQUIT)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, SecretsError) as error:
         sys.stderr.write(f"gp-launcher: {error}\n")
         return 2
+    # Nobody handles them yet, and what they do by default would leave the kernel's files: the supervisor lets them in.
+    _signal.pthread_sigmask(_signal.SIG_BLOCK, HELD)
     log = Log(options.log_file, options.kernel_id)
     launch = Launch(options, secrets, log)
     kernel: Kernel | Attached | None = None

@@ -112,6 +112,7 @@ class Supervisor:
                 self._loop.on_signal(number, lambda number=number: self._kernel.signal(number))  # type: ignore[misc]
         self._loop.on_signal(signal.SIGTERM, lambda: self._stop(GRACE, None))
         self._loop.on_signal(signal.SIGCHLD, self._reap)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_FORWARDED, signal.SIGTERM))  # held back since the start
         if isinstance(self._kernel, Attached) and self._kernel.exit is None:
             if self._kernel.pidfd >= 0:
                 self._loop.watch(self._kernel.pidfd, READ, self._attached_ended)

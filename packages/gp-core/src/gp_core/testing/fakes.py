@@ -228,7 +228,8 @@ class FakeLauncher:
         """Talk until the session breaks (None) or everything ends (exit code)."""
         if not self.conduct.hello or self.conduct.garbage:
             await self.send(self.conduct.garbage)
-            return await self.receive() and None
+            await self.receive()
+            return None
         answer = await self.hello(**self.conduct.hello_lies)
         if answer is None or answer["type"] != "accepted":
             return 77 if answer and answer.get("final") else None

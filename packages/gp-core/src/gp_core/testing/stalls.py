@@ -70,18 +70,18 @@ class StallDetector:
 
     def _run(self) -> None:
         callback: FrameType | None = None
-        charged, queued, last, found = 0.0, self._queued(), time.monotonic(), False
+        charged, last, (used, queued), found = 0.0, time.monotonic(), self._times(), False
         while not self._stop.wait(TICK):
-            now, waited = time.monotonic(), self._queued()
-            # at most two ticks: if this thread was late, so may have been the other one
-            step = min(now - last, 2 * TICK) - (waited - queued)
-            last, queued = now, waited
+            now, (cpu, waiting) = time.monotonic(), self._times()
+            # at most two ticks: if this thread was late, so may have been the other one; computing counts in any case
+            step = max(min(now - last, 2 * TICK) - (waiting - queued), cpu - used, 0.0)
+            last, used, queued = now, cpu, waiting
             frame = sys._current_frames().get(self._watched.ident or 0)
             current = _callback(frame)
             if current is None or current is not callback:
                 callback, charged, found = current, 0.0, False
                 continue
-            charged += max(step, 0.0)
+            charged += step
             if charged >= self._threshold:
                 stall = Stall(charged, _below(frame, current))
                 if found:
@@ -90,12 +90,13 @@ class StallDetector:
                 found = True
             del frame
 
-    def _queued(self) -> float:
-        """Return the seconds that the watched thread has waited for a processor, as far as the system tells."""
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            path = Path(f"/proc/self/task/{self._watched.native_id}/schedstat")
-            return int(path.read_text().split()[1]) / 1e9
-        return 0.0
+    def _times(self) -> tuple[float, float]:
+        """Return the seconds that the watched thread has computed, and waited for a processor, if the system tells."""
+        with contextlib.suppress(OSError, ValueError):
+            text = Path(f"/proc/self/task/{self._watched.native_id}/schedstat").read_text()
+            computed, waited, _ = text.split()
+            return int(computed) / 1e9, int(waited) / 1e9
+        return 0.0, 0.0
 
 
 _RUN_CALLBACK = asyncio.Handle._run.__code__

@@ -18,7 +18,7 @@ HELLO = "the tiny kernel runs"
 LAST_WORDS = "the tiny kernel gives up"
 
 
-def cmdlines():
+def cmdlines() -> list:  # type: ignore[type-arg]  # Python 3.8
     found = []
     for path in glob.glob("/proc/[0-9]*/cmdline"):
         try:
@@ -29,7 +29,7 @@ def cmdlines():
     return found
 
 
-def main():
+def main() -> None:
     path, mode = sys.argv[1:3]
     signals = []
     signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
