@@ -155,12 +155,19 @@ async def test_the_same_launcher_may_come_again_after_a_lost_answer(server: Kern
     assert len(known.sessions) == 3
 
 
-async def test_a_kernel_of_another_live_server_is_not_served_here(server: KernelServer) -> None:
-    other = Owner.me()
-    record = Record(
-        kernel_id="k9", kernel_name="x", user="a", backend="local", token=protocol.digest("token"), owner=other
+GONE = Owner(Owner.me().host, 2**22 + 5, 0.0)
+
+
+def recorded(owner: Owner, backend: str = "local") -> Record:
+    """The record of a kernel of another process."""
+    return Record(
+        kernel_id="k9", kernel_name="x", user="a", backend=backend, token=protocol.digest("token"), owner=owner
     )
-    server.store.put(record)
+
+
+@pytest.mark.parametrize(("owner", "backend"), [(Owner.me(), "local"), (GONE, "not-installed")])
+async def test_a_kernel_that_cannot_be_served_here_is_sent_on(server: KernelServer, owner: Owner, backend: str) -> None:
+    server.store.put(recorded(owner, backend))
     dialing = launcher(server, kernel_id="k9")
     await dialing.connect()
     answer = await dialing.hello()
@@ -170,10 +177,7 @@ async def test_a_kernel_of_another_live_server_is_not_served_here(server: Kernel
 
 
 async def test_a_kernel_whose_server_is_gone_is_kept_and_listed(server: KernelServer) -> None:
-    gone = Owner(Owner.me().host, 2**22 + 5, 0.0)
-    record = Record(
-        kernel_id="k9", kernel_name="x", user="a", backend="local", token=protocol.digest("token"), owner=gone
-    )
+    record = recorded(GONE)
     record.handle, record.connection = {"kernel_id": "k9", "pid": 2**22 + 6, "started": 0.0, "log": ""}, dict(PORTS)
     server.store.put(record)
     dialing = launcher(server, kernel_id="k9")
@@ -401,20 +405,6 @@ async def test_on_the_loopback_any_port_is_better_than_none(monkeypatch: pytest.
         made = kernel_server()
         await runtime().call(made.open())
         assert made.port != taken.getsockname()[1]
-
-
-async def test_a_kernel_whose_backend_is_not_installed_is_not_served_and_hurts_nobody(server: KernelServer) -> None:
-    gone = Owner(Owner.me().host, 2**22 + 5, 0.0)
-    record = Record(
-        kernel_id="k9", kernel_name="x", user="a", backend="gone", token=protocol.digest("token"), owner=gone
-    )
-    server.store.put(record)
-    dialing = launcher(server, kernel_id="k9")
-    await dialing.connect()
-    answer = await dialing.hello()
-    assert answer is not None
-    assert (answer["reason"], answer["final"]) == ("not_here", False)
-    dialing.close()
 
 
 async def test_bind_and_advertise_are_separate_and_know_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import enum
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +55,18 @@ class Announcer:
     Args:
         kernel: Whose events they are.
         log: Of the host application, where its operator reads.
+        tell_plugins: Tells every plugin of an event.
     """
 
-    def __init__(self, kernel: KernelInfo, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        kernel: KernelInfo,
+        log: logging.Logger,
+        tell_plugins: Callable[[KernelInfo, KernelEvent], Awaitable[None]],
+    ) -> None:
         self._kernel = kernel
         self._log = log
+        self._tell_plugins = tell_plugins
         self._last: asyncio.Task[None] | None = None
 
     def tell(self, event: KernelEvent) -> None:
@@ -68,10 +75,8 @@ class Announcer:
         before = self._last
 
         async def told() -> None:
-            from .plugins import plugins
-
             if before is not None:
                 await asyncio.wait({before})
-            await plugins().kernel_event(self._kernel, event)
+            await self._tell_plugins(self._kernel, event)
 
         self._last = runtime().spawn(told(), name="event")
