@@ -44,8 +44,7 @@ def life(contestants: list[Contestant], wanted: set[str], rounds: int) -> list[R
     }
     steps = [step for step in LIFE if step in wanted | {"start", "shutdown"}]
     for number in range(-1, rounds):
-        # some steps take the peer half a minute
-        taking_part = [contestant for contestant in contestants if contestant.name != "peer" or number < PEER_ROUNDS]
+        taking_part = _taking_part(contestants, number)
         for step in steps:
             if step == "death":
                 in_turn(taking_part, Series(), lambda contestant: contestant.host.ask("start", kernel="ipykernel"))
@@ -59,6 +58,11 @@ def life(contestants: list[Contestant], wanted: set[str], rounds: int) -> list[R
     return [row for step, row in rows.items() if step in wanted]
 
 
+def _taking_part(contestants: list[Contestant], number: int) -> list[Contestant]:
+    """Spare the peer most rounds: to end a kernel takes it half a minute."""
+    return [contestant for contestant in contestants if contestant.name != "peer" or number < PEER_ROUNDS]
+
+
 def _sample(command: str, arguments: dict[str, Any]) -> Callable[[Contestant], float]:
     return lambda contestant: 1000 * contestant.host.ask(command, **arguments)
 
@@ -67,8 +71,9 @@ def own_cost(contestants: list[Contestant], rounds: int) -> list[Row]:
     """Start and shutdown now of a kernel that is ready at once."""
     row = Row("own cost of a start (kernel ready at once)", "ms", Series(), Goal(120))
     for number in range(-1, rounds):
-        in_turn(contestants, row.series, _sample("start", {"kernel": "instant"}))
-        for contestant in contestants:
+        taking_part = _taking_part(contestants, number)
+        in_turn(taking_part, row.series, _sample("start", {"kernel": "instant"}))
+        for contestant in taking_part:
             contestant.host.ask("forget")
         if number < 0:
             row.series.forget()

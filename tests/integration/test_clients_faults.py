@@ -15,13 +15,14 @@ from typing import Any
 
 import psutil
 import pytest
+from jupyter_client.manager import AsyncKernelManager
+from support.installation import Installation, wait_until
+
 from gp_core import testing
 from gp_core.errors import CALLBACK_UNREACHABLE, KERNEL_DIED, LAUNCHER_DIED, NO_SPACE, LaunchFailed
 from gp_core.kernel import RemoteKernel
 from gp_core.local import LocalBackend
 from gp_core.server import KernelServer
-from jupyter_client.manager import AsyncKernelManager
-from support.installation import Installation, wait_until
 
 TINY = Path(testing.__file__).with_name("tiny_kernel.py")
 VICTIM = Path(__file__).parent / "support" / "victim.py"
@@ -291,8 +292,8 @@ async def test_a_cut_line_loses_no_kernel_and_starts_no_second_one(
     addresses, lines = KernelServer.addresses, []
 
     async def through() -> None:
-        from gp_core.server import kernel_server
         from gp_core.runtime import runtime
+        from gp_core.server import kernel_server
 
         await runtime().call(kernel_server().open())
         line = Line(kernel_server().port)

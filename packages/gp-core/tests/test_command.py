@@ -1,8 +1,8 @@
-from gp_launchers.command import kernel_environment
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gp_core.command import expanded, fill, launch_environment, names_our_launcher, placeholders
+from gp_launchers.command import kernel_environment
 
 
 def test_unknown_placeholders_stay() -> None:

@@ -309,6 +309,15 @@ FAULTS = {
         """,
         {"test_discover_finds_what_is_there", "test_terminate_ends_the_job_and_frees_all"},
     ),
+    "discover finds kernels of other installations": (
+        """
+        async def discover(self, kernel_id=None):
+            found = [job for job in self.api.jobs.values() if job.state is not State.GONE]
+            handles = [{"kernel_id": job.kernel_id, "job": job.job_id} for job in found]
+            return [handle for handle in handles if kernel_id in (None, handle["kernel_id"])]
+        """,
+        {"test_other_installations_are_not_found"},
+    ),
     "discover finds what has ended": (
         """
         async def discover(self, kernel_id=None):

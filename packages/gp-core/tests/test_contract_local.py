@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from gp_core.local import LocalBackend
 from gp_core.testing import BackendContract
 

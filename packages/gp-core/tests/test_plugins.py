@@ -68,12 +68,12 @@ def test_a_broken_plugin_is_reported_by_name_and_the_rest_goes_on(monkeypatch: p
         monkeypatch,
         missing=ModuleNotFoundError("No module named 'kubernetes'"),
         crashing=ZeroDivisionError("at import"),
-        misspelt=plugin(gp_backend=lambda: []),
+        misspelt=plugin(gp_backend=list),
         asynchronous=plugin(gp_timeout=asynchronous),
         first=plugin(gp_backends=lambda: [FakeBackend]),
         second=plugin(gp_backends=lambda: [FakeBackend]),
         failing=plugin(gp_backends=lambda: 1 / 0),
-        disabled=plugin(gp_backends=lambda: []),
+        disabled=plugin(gp_backends=list),
     )
     loaded = Plugins(disabled=["disabled"])
     loaded.load()

@@ -1,13 +1,13 @@
 import json
 
 import pytest
-from gp_launchers.wire import MAX_HELLO, Decoder, WireError, pack, pack_message, unpack_message
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gp_core import protocol
 from gp_core.errors import KERNEL_DIED, NO_PORT, ProtocolError
 from gp_core.protocol import Exited, Hello, Listening
+from gp_launchers.wire import MAX_HELLO, Decoder, WireError, pack, pack_message, unpack_message
 
 HELLO = {"type": "hello", "versions": [2], "kernel_id": "k", "token": "TOKEN", "secret": "SECRET", "run": 1}
 PORTS = {name: 40000 + number for number, name in enumerate(protocol.PORTS)}

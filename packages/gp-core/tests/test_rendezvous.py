@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from gp_launchers.wire import Decoder, WireError, pack_message, unpack_message
 
 from gp_core import protocol, rendezvous
 from gp_core.errors import ProtocolError
@@ -24,6 +23,7 @@ from gp_core.runtime import runtime
 from gp_core.server import KernelServer, kernel_server
 from gp_core.store import Owner, Record
 from gp_core.testing import FakeLauncher
+from gp_launchers.wire import Decoder, WireError, pack_message, unpack_message
 
 from .conftest import until
 

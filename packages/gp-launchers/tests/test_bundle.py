@@ -10,10 +10,11 @@ import sys
 import zipfile
 from pathlib import Path
 
-import gp_launchers
 import pytest
-from gp_launchers import bundle
 from launcher_kit import SOURCES, TOKEN
+
+import gp_launchers
+from gp_launchers import bundle
 
 BUILD = "import sys; from gp_launchers import bundle; bundle.build(sys.argv[1])"
 

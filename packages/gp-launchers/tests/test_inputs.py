@@ -8,13 +8,14 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launcher_kit import SOURCES, TOKEN
+
 from gp_launchers.command import kernel_argv, kernel_environment, kernel_folder
 from gp_launchers.options import parse
 from gp_launchers.quickjson import dump_flat, loads
 from gp_launchers.secrets_input import SecretsError, read_secrets
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from launcher_kit import SOURCES, TOKEN
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
-from gp_launchers.options import UsageError, addresses, parse, port_range
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gp_launchers.options import UsageError, addresses, parse, port_range
 
 PIN = "ab" * 32
 BASE = ["--kernel-id", "k1", "--response-address", "gw:8877", "--public-key", PIN]

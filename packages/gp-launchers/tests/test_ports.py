@@ -5,12 +5,13 @@ import socket
 import stat
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from gp_launchers import cleanup, files
 from gp_launchers.errors import StartError
 from gp_launchers.ports import NAMES, Ports
 from gp_launchers.probe import accepts, path_is_free
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def template(**fields):

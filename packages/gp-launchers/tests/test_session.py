@@ -10,8 +10,9 @@ import sys
 import time
 
 import pytest
-from gp_launchers import wire
 from launcher_kit import Server, alive, eventually, make_certificate
+
+from gp_launchers import wire
 
 
 def test_a_lost_session_is_dialled_again_and_the_report_repeated(launch, server):

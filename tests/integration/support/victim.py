@@ -13,11 +13,12 @@ import signal
 import sys
 from typing import Any
 
+from jupyter_client.manager import AsyncKernelManager
+
 from gp_core import kernel, rendezvous, store
 from gp_core.local import LocalBackend
 from gp_core.plugins import Plugins
 from gp_core.server import kernel_server
-from jupyter_client.manager import AsyncKernelManager
 
 kernel.PING = 0.2
 rendezvous.SILENCE = 0.6

@@ -28,9 +28,13 @@ class SlurmBackend(gp.Backend):
     async def launch(self, request):
         script = f"#!/bin/sh\nunset SLURM_EXPORT_ENV\nexec {shlex.join(request.command(python=self.python))}\n"
         # variables are named and not written out: argv is seen by everybody; all others are those of a login
-        options = [f"--job-name=gp-{request.kernel_id}", "--no-requeue", f"--export={','.join(request.secrets)}"]
+        options = [
+            f"--job-name=gp-{self.installation}-{request.kernel_id}",
+            "--no-requeue",
+            f"--export={','.join(request.secrets)}",
+        ]
         options += [f"--output={request.launcher_file.parent}/slurm-{request.kernel_id}.log", *self.sbatch_options]
-        options += [f"--chdir={request.cwd or '.'}", *["--partition", self.partition] * bool(self.partition)]
+        options += ["--partition", self.partition] * bool(self.partition)
         done = await gp.run_command("sbatch", "--parsable", *options, stdin=script, env=request.secrets)
         if done.code != 0:
             raise gp.LaunchFailed(f"Slurm refused kernel {request.kernel_id}", reason=REFUSED, log=done.output)
@@ -57,7 +61,7 @@ class SlurmBackend(gp.Backend):
 
     async def discover(self, kernel_id=None):
         jobs = (await slurm("squeue", "--me", "--noheader", "--format=%i %j")).output
-        found = re.findall(r"^(\d+) gp-(\S+)$", jobs, re.MULTILINE)
+        found = re.findall(rf"^(\d+) gp-{self.installation}-(\S+)$", jobs, re.MULTILINE)
         return [{"kernel_id": kernel, "job_id": job} for job, kernel in found if kernel_id in (None, kernel)]
 
     async def check(self):

@@ -137,7 +137,11 @@ class LaunchRequest(KernelInfo):
             return list(self.argv)
         # -I -S: the launcher needs only the standard library, and site-packages on a network disk cost seconds
         start = [python, "-I", "-S", str(launcher or self.launcher_file)]
-        return [*start, *self.launcher_options, "--", *self.argv]
+        return [*start, *self.launcher_arguments(), "--", *self.argv]
+
+    def launcher_arguments(self) -> list[str]:
+        """Return the launcher's options, for a backend that starts it in a way of its own."""
+        return [*self.launcher_options, *([f"--cwd={self.cwd}"] if self.cwd else [])]
 
     def script_environment(self) -> dict[str, str]:
         """Return the variables that a command on this machine needs on top of the server's, secrets included."""
@@ -158,6 +162,14 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
         0.25,
         10.0,
     )  #: seconds; fastest and slowest look of the default ``watch``
+
+    @property
+    def installation(self) -> str:
+        """Name of this installation: put it into names or labels of jobs, so that `discover` finds nobody else's."""
+        from .identity import installation
+        from .server import data_folder
+
+        return installation(data_folder())
 
     async def launch(self, request: LaunchRequest) -> Handle:
         """Start a kernel's job and return as soon as its handle is known; do not wait for the kernel.
@@ -235,7 +247,7 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
         return ""
 
     async def discover(self, kernel_id: str | None = None) -> list[Handle]:
-        """Find kernels that exist out there, by label, tag or name; each handle has ``kernel_id``.
+        """Find kernels of this installation that exist out there, by label, tag or name; handles have ``kernel_id``.
 
         Args:
             kernel_id: Only this one; None: all that this installation could have started.

@@ -89,6 +89,14 @@ class Identity:
         return Fernet(self.sealing.read_bytes())
 
 
+def installation(folder: Path) -> str:
+    """Return the name of a data folder's installation: 12 hexadecimal digits, or none before its first start."""
+    try:
+        return hashlib.sha256(b"installation" + (folder / "seal.key").read_bytes()).hexdigest()[:12]
+    except OSError:
+        return ""
+
+
 def _certificate(pem: Path) -> x509.Certificate:
     return x509.load_pem_x509_certificate(pem.read_bytes())
 

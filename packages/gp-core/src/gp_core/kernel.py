@@ -19,7 +19,16 @@ from typing import Any, Literal
 from . import protocol, protocol1, startup
 from .backend import Backend, Handle, KernelInfo, LaunchRequest, State, Status
 from .command import launch_environment
-from .errors import CANCELLED, LAUNCHER_DIED, BackendError, ConfigError, ProtocolError, StoreError
+from .errors import (
+    CANCELLED,
+    LAUNCH_TIMEOUT,
+    LAUNCHER_DIED,
+    BackendError,
+    ConfigError,
+    LaunchTimeout,
+    ProtocolError,
+    StoreError,
+)
 from .events import Announcer, Event, KernelEvent
 from .plugins import plugins
 from .ports import PortRange
@@ -119,6 +128,7 @@ class RemoteKernel:
         self._begin_start()
         self.server.kernels[record.kernel_id] = self
         launching: asyncio.Task[Handle] | None = None
+        started, timeout = time.monotonic(), plugins().timeout(self.info, "launch", plan.timeout)
         try:
             await self._save()
             extra = await plugins().before_launch(plan.request)
@@ -128,10 +138,10 @@ class RemoteKernel:
             self._tell(Event.LAUNCHING)
             # a task of its own: when the start is cancelled the backend still tells what it has started
             launching = asyncio.create_task(self.backend.launch(request))
-            record.handle = await asyncio.shield(launching)
+            record.handle = await self._launched(launching, timeout)
             await self._save()
             self._tell(Event.LAUNCHED)
-            await self._confirm(plan, watch=True)
+            await self._confirm(plan, started + timeout - time.monotonic(), watch=True)
             await self._save()
         except BaseException as error:
             await self._give_up(error, launching)
@@ -178,7 +188,7 @@ class RemoteKernel:
             self._restart = message
             self._send(message)
             self._report(Report("connected"))
-            await self._confirm(plan, watch=False)
+            await self._confirm(plan, plugins().timeout(self.info, "launch", plan.timeout), watch=False)
             await self._save()
         except BaseException as error:
             await self._give_up(error, None)
@@ -206,9 +216,18 @@ class RemoteKernel:
         self._ended.clear()
         self._reports = asyncio.Queue()
 
-    async def _confirm(self, plan: Plan, *, watch: bool) -> None:
+    async def _launched(self, launching: asyncio.Task[Handle], timeout: float) -> Handle:
+        try:
+            return await asyncio.wait_for(asyncio.shield(launching), timeout)
+        except asyncio.TimeoutError:
+            raise LaunchTimeout(
+                f"kernel {self.info.kernel_id} ({self.info.kernel_name}): {self.backend.name} did not take its job "
+                f"within {timeout:g} s",
+                reason=LAUNCH_TIMEOUT,
+            ) from None
+
+    async def _confirm(self, plan: Plan, timeout: float, *, watch: bool) -> None:
         assert self.record.handle is not None
-        timeout = plugins().timeout(self.info, "launch", plan.timeout)
         await startup.confirmed(
             self.info,
             reports=_drain(self._reports),

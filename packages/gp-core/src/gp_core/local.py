@@ -47,8 +47,8 @@ class LocalBackend(Backend):
         argv, env = request.command(), {**os.environ, **request.script_environment()}
         if request.wrapped:
             code = START.format(path=str(Path(gp_launchers.__file__).parents[1]))
-            launcher = [sys.executable, "-I", "-S", "-c", code, *request.launcher_options]
-            argv = [*launcher, f"--cwd={request.cwd or os.getcwd()}", "--", *request.argv]
+            launcher = [sys.executable, "-I", "-S", "-c", code, *request.launcher_arguments()]
+            argv = [*launcher, "--", *request.argv]
             env = {**os.environ, **request.secrets}
         env.pop("JPY_PARENT_PID", None)
         log = await blocking(self._log_file, request.kernel_id)
@@ -186,7 +186,7 @@ def _launchers(kernel_id: str | None) -> list[Handle]:
     found: list[Handle] = []
     if not (data_folder() / "server.pem").exists():
         return found  # nothing was ever started, and looking must not make a key
-    me, pins = os.getuid(), ",".join(Identity.load(data_folder()).pins)
+    me, pins = os.getuid(), set(Identity.load(data_folder()).pins)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, IndexError, KeyError):
             if process.uids().real != me or process.status() == psutil.STATUS_ZOMBIE:
@@ -196,7 +196,8 @@ def _launchers(kernel_id: str | None) -> list[Handle]:
                 continue
             options = dict(part[2:].split("=", 1) for part in argv if part.startswith("--") and "=" in part)
             identifier = options["kernel-id"]
-            if kernel_id in (None, identifier) and options["public-key"] == pins:  # else another installation's
+            ours = pins & set(options["public-key"].split(","))  # else another installation's; a rotation leaves one
+            if kernel_id in (None, identifier) and ours:
                 started = process.create_time()
                 found.append(
                     {"kernel_id": identifier, "pid": process.pid, "started": started, "log": str(_log_path(identifier))}

@@ -14,8 +14,6 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.multikernelmanager import MultiKernelManager
 from jupyter_core.paths import jupyter_runtime_dir
 
-from gp_launchers import __version__ as launcher_version
-
 from .backend import Backend, LaunchRequest
 from .command import fill, launch_environment, names_our_launcher, placeholders
 from .errors import ConfigError
@@ -26,7 +24,7 @@ from .policies import Policy, check_user, opened, resolve_user
 from .ports import PortRange
 from .protocol import PORTS
 from .protocol1 import Terms
-from .server import KernelServer, data_folder
+from .server import KernelServer
 
 CURVE = ("curve_publickey", "curve_secretkey")
 
@@ -121,7 +119,7 @@ class Planner:
             submit=self.options.submit or ("api" if wrapped else "script"),
             parameters=parameters,
             port_range=policy.port_range,
-            launcher_file=data_folder() / f"gp-launcher-{launcher_version}.pyz",
+            launcher_file=self.server.launcher_file,
             launcher_options=launcher_options(
                 self.server, self.kernel_id, policy.port_range, self.orphan_timeout, local=self.backend.runs_here
             ),

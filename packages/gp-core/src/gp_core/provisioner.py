@@ -26,8 +26,6 @@ from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase, KernelProvisionerMeta
 
-from gp_launchers import bundle
-
 from .backend import Backend
 from .errors import GPError, readable
 from .kernel import RemoteKernel
@@ -212,8 +210,6 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
 
     async def _new_kernel(self, planned: Planned) -> RemoteKernel:
         request, server = planned.plan.request, kernel_server(self.config)
-        if not request.launcher_file.exists():
-            await runtime().blocking(bundle.build, request.launcher_file)
         record = Record(
             kernel_id=request.kernel_id,
             kernel_name=request.kernel_name,

@@ -12,6 +12,8 @@ from jupyter_core.paths import jupyter_data_dir
 from traitlets import Bool, CaselessStrEnum, Int, List, Unicode
 from traitlets.config import Config, LoggingConfigurable
 
+from gp_launchers import bundle
+
 from . import protocol
 from .errors import ConfigError, LaunchDenied
 from .identity import Identity
@@ -78,6 +80,7 @@ class KernelServer(LoggingConfigurable):
         self.kernels: dict[str, RemoteKernel] = {}
         self.identity: Identity | None = None
         self.rendezvous: Rendezvous | None = None
+        self.launcher_file = Path()
         self.port = 0
         self._opening: asyncio.Lock | None = None
         self.protocol1: Protocol1 | None = None
@@ -89,6 +92,7 @@ class KernelServer(LoggingConfigurable):
             if self.rendezvous is not None:
                 return
             self.identity = await runtime().blocking(Identity.load, data_folder())
+            self.launcher_file = await runtime().blocking(_launcher_file, data_folder())
             made = Rendezvous(self.identity.context(), self._doorkeeper, self._hand_over)
             bound = self.bind_addresses()
             try:
@@ -219,6 +223,14 @@ class KernelServer(LoggingConfigurable):
     async def _farewell(self) -> None:
         """At the end of the process: forget kernels that a client has just shut down without telling (console)."""
         await asyncio.gather(*(kernel.farewell() for kernel in list(self.kernels.values())), return_exceptions=True)
+
+
+def _launcher_file(folder: Path) -> Path:
+    """Return the launcher as one file; named by its contents, because an update must not go on with the old one."""
+    path = folder / f"gp-launcher-{bundle.fingerprint()}.pyz"
+    if not path.exists():
+        bundle.build(path)
+    return path
 
 
 def _is_live(record: Record) -> bool:

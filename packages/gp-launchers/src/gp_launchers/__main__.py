@@ -6,8 +6,8 @@ why this module and those that it imports at its head use `os`, `sys` and small 
 
 from __future__ import annotations
 
-import gc
 import _signal  # type: ignore[import-not-found]  # `signal` imports `enum`: 5 ms
+import gc
 import os
 import sys
 

@@ -70,6 +70,16 @@ def build(target: AnyPath) -> str:
     return path
 
 
+def fingerprint() -> str:
+    """Return a name for what `build` would write: 12 hexadecimal digits that change with the sources and the Python."""
+    import hashlib
+
+    digest = hashlib.sha256(importlib.util.MAGIC_NUMBER)
+    for name, data in _sources():
+        digest.update(b"%s %d " % (name.encode(), len(data)) + data)
+    return digest.hexdigest()[:12]
+
+
 def _sources() -> list[tuple[str, bytes]]:
     folder = os.path.dirname(os.path.abspath(__file__))
     sources = []

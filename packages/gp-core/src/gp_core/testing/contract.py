@@ -420,6 +420,14 @@ class BackendContract:
         assert await one.answers()
 
     @on_runtime
+    async def test_other_installations_are_not_found(self, gp: Installation) -> None:
+        """Two servers may share a platform, and each one's ``gc`` must leave the other's kernels alone: jobs carry
+        `Backend.installation`, and `discover` finds those of its own only."""
+        await gp.start()
+        with gp.as_another():
+            assert await gp.backend().discover() == []
+
+    @on_runtime
     async def test_check_tells_how_things_are(
         self, gp: Installation, break_platform: Callable[[], AbstractContextManager[object]] | None
     ) -> None:

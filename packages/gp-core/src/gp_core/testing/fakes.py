@@ -324,6 +324,7 @@ class FakeJob:
     job_id: str
     kernel_id: str
     launcher: FakeLauncher | None
+    label: str = ""
     task: asyncio.Task[None] | None = None
     state: State = State.PENDING
     exit_code: int | None = None
@@ -368,9 +369,9 @@ class FakePlatform:
                 return fault
         return None
 
-    def submit(self, request: LaunchRequest) -> FakeJob:
-        """Take a job."""
-        job = FakeJob(f"job-{next(self._numbers)}", request.kernel_id, None)
+    def submit(self, request: LaunchRequest, label: str = "") -> FakeJob:
+        """Take a job; ``label`` is shown with it."""
+        job = FakeJob(f"job-{next(self._numbers)}", request.kernel_id, None, label)
         self.jobs[job.job_id] = job
         job.task = asyncio.get_running_loop().create_task(self._life(job, request))
         return job
@@ -422,7 +423,7 @@ class FakeBackend(Backend):
         fault = await self.api.call("submit")
         if not request.argv:
             raise LaunchFailed("there is nothing to run")
-        job = self.api.submit(request)
+        job = self.api.submit(request, self.installation)
         if fault and fault.error:
             raise fault.error
         return {"kernel_id": request.kernel_id, "job": job.job_id}
@@ -458,7 +459,7 @@ class FakeBackend(Backend):
         return [
             {"kernel_id": job.kernel_id, "job": job.job_id}
             for job in self.api.jobs.values()
-            if job.state is not State.GONE and kernel_id in (None, job.kernel_id)
+            if job.state is not State.GONE and job.label == self.installation and kernel_id in (None, job.kernel_id)
         ]
 
     async def check(self) -> list[Finding]:

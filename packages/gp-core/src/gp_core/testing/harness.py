@@ -9,21 +9,18 @@ import json
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from traitlets.config import Config
 
-from gp_launchers import __version__ as launcher_version
-from gp_launchers import bundle
-
 from ..backend import Backend, Handle, LaunchRequest, State, Status
+from ..identity import Identity
 from ..kernel import Plan, RemoteKernel
 from ..planning import launcher_options
 from ..ports import PortRange
-from ..runtime import runtime
 from ..server import KernelServer
 from ..store import Record
 from . import tiny_kernel
@@ -159,7 +156,6 @@ class Installation:
         self.start_timeout = start_timeout
         self.requests: dict[str, LaunchRequest] = {}  #: what backends got, by kernel id
         self.server = KernelServer(Config({"KernelServer": {"response_port": 0}}), store=MemoryStore())
-        self._launcher = folder / f"gp-launcher-{launcher_version}.pyz"
         self._kernels: list[RemoteKernel] = []
         self._variable: str | None = None
 
@@ -167,8 +163,6 @@ class Installation:
         self._variable = os.environ.get("GP_DATA_DIR")
         os.environ["GP_DATA_DIR"] = str(self.folder)
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self._launcher.exists():
-            await runtime().blocking(bundle.build, self._launcher)
         await self.server.open()
         return self
 
@@ -187,6 +181,16 @@ class Installation:
         if self.server.rendezvous is not None:
             self.server.rendezvous.close()
             self.server.rendezvous = None
+
+    @contextlib.contextmanager
+    def as_another(self) -> Iterator[None]:
+        """Be another installation of the same user for a while, as far as backends can tell."""
+        Identity.load(self.folder / "another")
+        os.environ["GP_DATA_DIR"] = str(self.folder / "another")
+        try:
+            yield
+        finally:
+            os.environ["GP_DATA_DIR"] = str(self.folder)
 
     # -- kernels
 
@@ -234,7 +238,7 @@ class Installation:
             argv=argv or [self.python, "-c", source, "{connection_file}", mode, *words],
             env={"KERNEL_ID": kernel_id, "KERNEL_USERNAME": "tester", **(env or {})},
             cwd=cwd,
-            launcher_file=self._launcher,
+            launcher_file=self.server.launcher_file,
             launcher_options=[
                 *launcher_options(self.server, kernel_id, PortRange(), 60.0, local=self.backend_class.runs_here),
                 *more_options,
