@@ -83,11 +83,8 @@ def test_shutdown_now(installation: Installation, spec: str, manager_class: type
 
 def test_shutdown_of_a_busy_kernel(installation: Installation, spec: str, manager_class: type[KernelManager]) -> None:
     with driven(manager_class(kernel_name=spec)) as kernel:
-        kernel.start_cell(
-            "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-            + ENDLESS,
-            "running",
-        )
+        deaf = "import signal\nfor each in (signal.SIGINT, signal.SIGTERM): signal.signal(each, signal.SIG_IGN)\n"
+        kernel.start_cell(deaf + ENDLESS, "running")
         began = time.monotonic()
         kernel.do(kernel.manager.shutdown_kernel())
         assert time.monotonic() - began < 15
@@ -464,9 +461,9 @@ def test_transport_encryption(
 def test_required_encryption_that_the_kernel_lacks(
     installation: Installation, spec: str, manager_class: type[KernelManager]
 ) -> None:
-    with driven(manager_class(kernel_name=spec, transport_encryption="required"), start=False) as kernel:
-        with pytest.raises(RuntimeError, match="required"):
-            kernel.start()
+    manager = manager_class(kernel_name=spec, transport_encryption="required")
+    with driven(manager, start=False) as kernel, pytest.raises(RuntimeError, match="required"):
+        kernel.start()
 
 
 def test_folder(installation: Installation, spec: str, manager_class: type[KernelManager]) -> None:

@@ -192,7 +192,7 @@ FAULTS = {
 
         async def later(self, name, request):
             await asyncio.sleep(0.05)
-            job = self.api.submit(request)
+            job = self.api.submit(request, self.installation)
             del self.api.jobs[job.job_id]
             job.job_id = name
             self.api.jobs[name] = job
@@ -324,7 +324,7 @@ FAULTS = {
             return [
                 {"kernel_id": job.kernel_id, "job": job.job_id}
                 for job in self.api.jobs.values()
-                if kernel_id in (None, job.kernel_id)
+                if job.label == self.installation and kernel_id in (None, job.kernel_id)
             ]
         """,
         {

@@ -62,7 +62,7 @@ class Installation:
     def left_over(self) -> list[str]:
         """What should not be there any more: processes, records, endpoints and folders of kernels."""
         files = [path for path in (self.home / "launchers").rglob("*") if not path.is_dir()]
-        endpoints = [path for path in self.jupyter.runtime_dir.glob("*-ipc-*")]
+        endpoints = list(self.jupyter.runtime_dir.glob("*-ipc-*"))
         return [
             *(f"process {pid}: {line}" for pid, line in self.processes().items()),
             *(f"file {path}" for path in [*self.records(), *files, *endpoints]),

@@ -28,13 +28,9 @@ class SlurmBackend(gp.Backend):
     async def launch(self, request):
         script = f"#!/bin/sh\nunset SLURM_EXPORT_ENV\nexec {shlex.join(request.command(python=self.python))}\n"
         # variables are named and not written out: argv is seen by everybody; all others are those of a login
-        options = [
-            f"--job-name=gp-{self.installation}-{request.kernel_id}",
-            "--no-requeue",
-            f"--export={','.join(request.secrets)}",
-        ]
+        options = [f"--job-name=gp-{self.installation}-{request.kernel_id}", "--no-requeue"]
+        options += [f"--export={','.join(request.secrets)}", *["--partition", self.partition] * bool(self.partition)]
         options += [f"--output={request.launcher_file.parent}/slurm-{request.kernel_id}.log", *self.sbatch_options]
-        options += ["--partition", self.partition] * bool(self.partition)
         done = await gp.run_command("sbatch", "--parsable", *options, stdin=script, env=request.secrets)
         if done.code != 0:
             raise gp.LaunchFailed(f"Slurm refused kernel {request.kernel_id}", reason=REFUSED, log=done.output)
