@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attach
@@ -40,9 +40,13 @@ def main() -> int:
     work = Path(tempfile.mkdtemp(prefix="gp-bench-"))
     facts = report.machine(work)
     contestants = [Contestant(name, work) for name in names]
+    rows: list[Row] = []
     try:
         facts["hosts"] = {contestant.name: contestant.host.ask("about")["versions"] for contestant in contestants}
-        rows = measure(contestants, work, wanted, quick=given.quick)
+        for some in measure(contestants, work, wanted, quick=given.quick):
+            rows += some
+            if given.json:  # at once: half an hour is long
+                report.save(rows, facts, given.json)
     finally:
         for contestant in contestants:
             contestant.host.close()
@@ -50,13 +54,11 @@ def main() -> int:
             print(f"logs and records: {work}", file=sys.stderr)
         else:
             shutil.rmtree(work, ignore_errors=True)
-    report.show(rows, facts, console)
-    if given.json:
-        report.save(rows, facts, given.json)
+        report.show(rows, facts, console)
     return 0
 
 
-def measure(contestants: list[Contestant], work: Path, wanted: set[str], *, quick: bool) -> list[Row]:
+def measure(contestants: list[Contestant], work: Path, wanted: set[str], *, quick: bool) -> Iterator[list[Row]]:
     """Measure one group of figures after the other, and say on standard error how it goes."""
     groups: list[tuple[set[str], Callable[[], list[Row]]]] = [
         (set(starts.LIFE), lambda: starts.life(contestants, wanted, 3 if quick else 15)),
@@ -67,14 +69,12 @@ def measure(contestants: list[Contestant], work: Path, wanted: set[str], *, quic
         ({"attach"}, lambda: attach.attach(work, 2 if quick else 7, 1000, 10 if quick else 60)),
         ({"launcher"}, lambda: launcher.cost(work, 7 if quick else 25)),
     ]
-    rows = []
     for names, run in groups:
         if names & wanted:
             began = time.monotonic()
             print(", ".join(sorted(names & wanted)), end=" ...", file=sys.stderr, flush=True)
-            rows += run()
+            yield run()
             print(f" {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    return rows
 
 
 if __name__ == "__main__":

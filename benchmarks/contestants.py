@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness import PROGRAMS, Program
+from harness import PROGRAMS, Failed, Program
 
 PEER = "gateway_provisioners==0.5.0"
 NAMES = ("ours", "local", "peer")
@@ -64,7 +64,22 @@ class Contestant:
         for kernel, argv in self._kernels().items():
             self._install(kernel, argv, STANZAS[name])
         self._install("nothing", ["none"], {"provisioner_name": "null"})
-        self.host = Program("host", self.folder / "log", python=self.python, env=self._environment())
+        self.host = self._started()
+
+    def _started(self) -> Program:
+        return Program("host", self.folder / "log", python=self.python, env=self._environment())
+
+    def renew(self) -> None:
+        """Kill the host and all that it has started, and start another."""
+        self.host.kill(family=True)
+        self.host = self._started()
+
+    def forget(self) -> None:
+        """End the kernel that is measured, by force if that takes too long."""
+        try:
+            self.host.ask("forget")
+        except Failed:
+            self.renew()
 
     def _kernels(self) -> dict[str, list[str]]:
         stillborn = [self.python, "-I", "-S", "-c", "raise SystemExit('this kernel dies at once')"]

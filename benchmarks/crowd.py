@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from contestants import Contestant
-from harness import Goal, Program, Row, Series
+from harness import Failed, Goal, Program, Row, Series
 
 COUNT = 50
 LAG = ("p99", "longest")
@@ -33,10 +34,13 @@ def at_once(contestants: list[Contestant], work: Path, rounds: int) -> list[Row]
                     continue  # twice will do: it takes half a minute
                 watcher.ask("start")
                 try:
-                    found = contestant.host.ask("crowd", count=COUNT, timeout=300)
-                finally:
-                    beside = watcher.ask("stop")
-                if number >= 0:
+                    found = contestant.host.ask("crowd", count=COUNT)
+                except Failed as error:
+                    all_ready.series.fail(contestant.name, str(error))
+                    found = None
+                beside = watcher.ask("stop")
+                _dispersed(contestant)
+                if number >= 0 and found:
                     _note(all_ready, cpu, late, contestant.name, found)
                     for which in LAG if contestant.name == "ours" else ():
                         idle[which].add("lag", 1000 * beside[which])
@@ -64,6 +68,17 @@ def at_once(contestants: list[Contestant], work: Path, rounds: int) -> list[Row]
     return [all_ready, *late.values(), cpu]
 
 
+def _dispersed(contestant: Contestant) -> None:
+    """End the kernels; the peer would need up to half a minute for each, and its loop stands still meanwhile."""
+    try:
+        if contestant.name != "peer":
+            contestant.host.ask("disperse")
+            return
+    except Failed as error:
+        print(f"{contestant.name}: {error}", file=sys.stderr)
+    contestant.renew()
+
+
 def _note(all_ready: Row, cpu: Row, late: dict[str, Row], who: str, found: dict[str, Any]) -> None:
     if found["failures"]:
         problem = f"{len(found['failures'])} of {COUNT} starts failed, the first: {found['failures'][0]}"
@@ -88,7 +103,7 @@ def idle_lag(contestants: list[Contestant], work: Path, rounds: int, seconds: fl
             for contestant in contestants:
                 watcher.ask("start")
                 before = watcher.ask("cpu")
-                found = contestant.host.ask("idle", kernels=10, seconds=seconds)
+                found = contestant.host.ask("idle", kernels=10, seconds=seconds, timeout=400)
                 own = (watcher.ask("cpu") - before) / seconds
                 lag = watcher.ask("stop")
                 cpu.series.add(contestant.name, 100 * max(0.0, found["cpu"] - own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import queue
@@ -13,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -95,17 +98,24 @@ class Program:
     def close(self) -> None:
         """End the process; it cleans up behind itself."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):
             self._process.stdin.close()
-        except OSError:
-            pass
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self.kill(family=True)
 
-    def kill(self) -> None:
-        """End the process at once."""
+    def kill(self, *, family: bool = False) -> None:
+        """End the process at once.
+
+        Args:
+            family: And all that it has started.
+        """
+        with contextlib.suppress(psutil.NoSuchProcess):
+            victims = psutil.Process(self.pid).children(recursive=True) if family else []
+            for victim in victims:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
         self._process.kill()
         self._process.wait()
 

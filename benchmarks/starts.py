@@ -28,7 +28,7 @@ def in_turn(contestants: Iterable[Contestant], series: Series, measure: Callable
         try:
             series.add(contestant.name, measure(contestant))
         except Failed as error:
-            contestant.host.ask("forget")
+            contestant.forget()
             series.fail(contestant.name, str(error))
 
 
@@ -51,7 +51,7 @@ def life(contestants: list[Contestant], wanted: set[str], rounds: int) -> list[R
             command, arguments = COMMANDS[step]
             in_turn(taking_part, rows[step].series, _sample(command, arguments))
         for contestant in taking_part:
-            contestant.host.ask("forget")
+            contestant.forget()
         if number < 0:  # to warm up: byte code, file cache, the listener
             for row in rows.values():
                 row.series.forget()
@@ -74,7 +74,7 @@ def own_cost(contestants: list[Contestant], rounds: int) -> list[Row]:
         taking_part = _taking_part(contestants, number)
         in_turn(taking_part, row.series, _sample("start", {"kernel": "instant"}))
         for contestant in taking_part:
-            contestant.host.ask("forget")
+            contestant.forget()
         if number < 0:
             row.series.forget()
     over = row.series.compared("ours", "local", lambda mine, local: mine - local)

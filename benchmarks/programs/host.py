@@ -142,6 +142,7 @@ async def _removed(manager: AsyncKernelManager) -> None:
 async def crowd(count: int) -> dict[str, Any]:
     """Start kernels that are ready at once, all at the same time; seconds until all are, and how late this loop was."""
     made = [AsyncKernelManager(kernel_name="instant") for _ in range(count)]
+    managers.update({f"crowd-{number}": manager for number, manager in enumerate(made)})
 
     async def one(manager: AsyncKernelManager) -> None:
         await manager.start_kernel()
@@ -154,8 +155,12 @@ async def crowd(count: int) -> dict[str, Any]:
     seconds, cpu = clock() - began, time.process_time() - cpu
     lag = ticker.stop()
     failures = [repr(outcome) for outcome in outcomes if outcome is not None]
-    await asyncio.gather(*(_removed(manager) for manager in made))
     return {"seconds": seconds, "lag": lag, "failures": failures, "cpu": cpu}
+
+
+async def disperse() -> None:
+    """End the kernels of `crowd`."""
+    await asyncio.gather(*(_removed(managers.pop(slot)) for slot in list(managers) if slot.startswith("crowd-")))
 
 
 async def nothing(count: int) -> None:
@@ -209,7 +214,21 @@ async def about() -> dict[str, str]:
 
 
 async def main() -> None:
-    functions = (start, restart, interrupt, death, shutdown, stillborn, crowd, nothing, noticed, idle, forget, about)
+    functions = (
+        start,
+        restart,
+        interrupt,
+        death,
+        shutdown,
+        stillborn,
+        crowd,
+        disperse,
+        nothing,
+        noticed,
+        idle,
+        forget,
+        about,
+    )
     await serve({function.__name__: function for function in functions})
     for slot in list(managers):
         await forget(slot)

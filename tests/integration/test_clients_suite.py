@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import pytest
 from clusters.availability import Unavailable, offer
 from clusters.jupyter_env import JupyterEnv
 from clusters.kernels.cache import cached
+from support.installation import Installation
 
 pytestmark = pytest.mark.timeout(1200)  # it builds an environment the first time
 
@@ -35,24 +36,24 @@ TOOLS = ("anyio==4.16.0", "msgpack==1.2.4", "pytest==9.2.0", "pytest-jupyter==0.
 
 SHARDS = (
     ("test_client", "test_restarter", "test_consoleapp", "test_runapp"),
-    ("test_kernelmanager", "test_multikernelmanager", "test_manager", "test_kernelapp", "test_provisioning")
-    + ("test_transport_security",),
+    ("test_kernelmanager", "test_manager", "test_kernelapp"),
+    ("test_multikernelmanager", "test_provisioning", "test_transport_security"),
 )
 """Files that run one after the other; the tests mostly wait, so the shards run at the same time."""
 
 IS_LOCAL = "asserts isinstance(provisioner, LocalProvisioner)"
 NOT_FOUND = "expects Popen's FileNotFoundError; ours is LaunchFailed [CommandNotFound], as from any other machine"
 DIES_EARLY = "expects start_kernel to return although the kernel dies before it listens; ours raises LaunchFailed"
-BEFORE_LAUNCH = "uses the ports or the connection file after pre_start_kernel; the launcher chooses ports, at the launch"
+BEFORE_LAUNCH = (
+    "uses the ports or the connection file after pre_start_kernel; the launcher chooses ports, at the launch"
+)
 
 EXPECTED = {
     "test_multikernelmanager.TestAsyncKernelManager::test_bad_kernelspec": NOT_FOUND,
     "test_multikernelmanager.TestAsyncKernelManager::test_bad_kernelspec_pending": NOT_FOUND,
     "test_provisioning.TestRuntime::test_existing[no_provisioner]": IS_LOCAL,
     "test_provisioning.TestRuntime::test_local_provisioner_pre_launch_generates_curve_keys_over_ipc": IS_LOCAL,
-    "test_provisioning.TestRuntime::test_local_provisioner_pre_launch_generates_curve_keys_under_transport_encryption": (
-        IS_LOCAL
-    ),
+    "test_provisioning.TestRuntime::test_local_provisioner_pre_launch_generates_curve_keys_under_transport_encryption": IS_LOCAL,  # noqa: E501
     "test_restarter::test_async_restarter_gives_up[ipc]": DIES_EARLY,
     "test_restarter::test_async_restarter_gives_up[tcp]": DIES_EARLY,
     "test_restarter::test_restarter_gives_up[ipc]": DIES_EARLY,
@@ -88,8 +89,10 @@ class Suite:
         scratch = self.home / label
         scratch.mkdir(mode=0o700)
         own = {
+            "ASYNC_TEST_TIMEOUT": "60",  # six starts in five seconds are too much for a busy machine
             "GP_DATA_DIR": str(scratch / "gp"),
             "GP_RESPONSE_PORT": "0",
+            "GP_RUNTIME_DIR": str(scratch / "launchers"),
             "HOME": str(scratch),
             "JUPYTER_DEFAULT_PROVISIONER_NAME": provisioner,
             # "python3" is the kernelspec of the suite's interpreter, and "jupyter" the command beside it
@@ -162,15 +165,18 @@ def _must(command: list[str], needs: str) -> None:
 
 
 @pytest.fixture
-def suite(jupyter_env: JupyterEnv) -> Suite:
+def suite(jupyter_env: JupyterEnv) -> Iterator[Suite]:
     """The suite of the installed jupyter_client, ready to run."""
     client, kernel = (importlib.metadata.version(name) for name in ("jupyter_client", "ipykernel"))
     # gp is installed in editable form: only its place and its metadata are in the environment
-    parts = [str(PACKAGES), *TOOLS, kernel, *((path.read_text()) for path in sorted(PACKAGES.glob("*/pyproject.toml")))]
+    parts = [str(PACKAGES), *TOOLS, kernel, *(path.read_text() for path in sorted(PACKAGES.glob("*/pyproject.toml")))]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
     name = f"jupyter-client-suite-{client}-py{platform.python_version()}-{digest}"
     folder = offer("jupyter-client-suite", lambda: cached(name, lambda folder: _build(folder, client, kernel)))
-    return Suite(folder / "suite", folder / "venv/bin/python", jupyter_env.home)
+    try:
+        yield Suite(folder / "suite", folder / "venv/bin/python", jupyter_env.home)
+    finally:
+        Installation(jupyter_env).end_processes()  # some of its tests leave their kernel running
 
 
 def test_suite_of_jupyter_client(suite: Suite) -> None:
@@ -188,7 +194,7 @@ def test_suite_of_jupyter_client(suite: Suite) -> None:
 
     differ = {name for name in demanded if ours.get(name) != "passed"}
     if again := differ - EXPECTED.keys():
-        # many of the suite's tests have a limit of five seconds: alone, a busy machine is no excuse
+        # alone, a busy machine is no excuse
         ours |= suite.run("again", "gp-local-provisioner", [_node_id(name) for name in sorted(again)])
     print(f"passed: {len(demanded)} local, {len({n for n in demanded if ours.get(n) == 'passed'})} of them with gp")
     failed = {name: ours.get(name) for name in sorted(again) if ours.get(name) != "passed"}
