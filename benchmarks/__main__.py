@@ -49,12 +49,13 @@ def main() -> int:
                 report.save(rows, facts, given.json)
     finally:
         for contestant in contestants:
-            contestant.host.close()
+            contestant.close()
         if given.keep:
             print(f"logs and records: {work}", file=sys.stderr)
         else:
             shutil.rmtree(work, ignore_errors=True)
-        report.show(rows, facts, console)
+        if rows:
+            report.show(rows, facts, console)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,9 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 from harness import PROGRAMS, Failed, Program
 
 PEER = "gateway_provisioners==0.5.0"
+MARK = "GATEWAY_BENCHMARK"  #: environment variable
 NAMES = ("ours", "local", "peer")
 STANZAS: dict[str, dict[str, Any]] = {
     "ours": {"provisioner_name": "gp-local-provisioner"},
@@ -71,15 +74,32 @@ class Contestant:
 
     def renew(self) -> None:
         """Kill the host and all that it has started, and start another."""
-        self.host.kill(family=True)
+        self.host.kill()
+        self.sweep()
         self.host = self._started()
 
     def forget(self) -> None:
-        """End the kernel that is measured, by force if that takes too long."""
+        """End all kernels of the host."""
         try:
-            self.host.ask("forget")
-        except Failed:
+            # politely, and the peer would need up to half a minute for each
+            self.host.ask("abandon" if self.name == "peer" else "forget")
+            if self.name == "peer":
+                self.sweep()
+        except Failed as error:
+            print(f"{self.name} has to be killed: {error}", file=sys.stderr)
             self.renew()
+
+    def sweep(self) -> None:
+        """Kill what the host has started and left behind, as far as it has our mark in its environment."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.pid != self.host.pid and process.environ().get(MARK) == str(self.folder):
+                    process.kill()
+
+    def close(self) -> None:
+        """End the host; nothing remains."""
+        self.host.close()
+        self.sweep()
 
     def _kernels(self) -> dict[str, list[str]]:
         stillborn = [self.python, "-I", "-S", "-c", "raise SystemExit('this kernel dies at once')"]
@@ -122,6 +142,7 @@ class Contestant:
             "JUPYTER_DATA_DIR": str(self.folder / "data"),
             "JUPYTER_CONFIG_DIR": str(self.folder / "config"),
             "JUPYTER_RUNTIME_DIR": str(self.folder / "run"),
+            MARK: str(self.folder),
             "IPYTHONDIR": str(self.folder / "ipython"),
         }
         if self.name == "ours":

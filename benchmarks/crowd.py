@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,22 @@ def at_once(contestants: list[Contestant], work: Path, rounds: int) -> list[Row]
                     continue  # twice will do: it takes half a minute
                 watcher.ask("start")
                 try:
-                    found = contestant.host.ask("crowd", count=COUNT)
+                    found = contestant.host.ask("crowd", count=COUNT, timeout=120)
                 except Failed as error:
                     all_ready.series.fail(contestant.name, str(error))
+                    contestant.renew()
                     found = None
                 beside = watcher.ask("stop")
-                _dispersed(contestant)
+                contestant.forget()
                 if number >= 0 and found:
                     _note(all_ready, cpu, late, contestant.name, found)
                     for which in LAG if contestant.name == "ours" else ():
                         idle[which].add("lag", 1000 * beside[which])
             by_hand = byhand.ask("crowd", count=COUNT)["seconds"]
-            contestants[-1].host.ask("nothing", count=COUNT)
+            contestants[0].host.ask("nothing", count=COUNT)
             byhand.ask("crowd", count=COUNT)
-            nothing = contestants[-1].host.ask("noticed")
+            nothing = contestants[0].host.ask("noticed")
+            contestants[0].forget()
             if number >= 0:
                 all_ready.series.add("bare", 1000 * by_hand)
                 for which, row in late.items():
@@ -66,17 +67,6 @@ def at_once(contestants: list[Contestant], work: Path, rounds: int) -> list[Row]
                 f"a process that does nothing, beside ours at the same time: {which} {found.median:.0f} ms"
             )
     return [all_ready, *late.values(), cpu]
-
-
-def _dispersed(contestant: Contestant) -> None:
-    """End the kernels; the peer would need up to half a minute for each, and its loop stands still meanwhile."""
-    try:
-        if contestant.name != "peer":
-            contestant.host.ask("disperse")
-            return
-    except Failed as error:
-        print(f"{contestant.name}: {error}", file=sys.stderr)
-    contestant.renew()
 
 
 def _note(all_ready: Row, cpu: Row, late: dict[str, Row], who: str, found: dict[str, Any]) -> None:
@@ -106,6 +96,7 @@ def idle_lag(contestants: list[Contestant], work: Path, rounds: int, seconds: fl
                 found = contestant.host.ask("idle", kernels=10, seconds=seconds, timeout=400)
                 own = (watcher.ask("cpu") - before) / seconds
                 lag = watcher.ask("stop")
+                contestant.forget()
                 cpu.series.add(contestant.name, 100 * max(0.0, found["cpu"] - own))
                 for which, row in late.items():
                     row.series.add(contestant.name, 1000 * found["lag"][which])

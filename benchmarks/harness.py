@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -103,19 +101,10 @@ class Program:
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
-            self.kill(family=True)
+            self.kill()
 
-    def kill(self, *, family: bool = False) -> None:
-        """End the process at once.
-
-        Args:
-            family: And all that it has started.
-        """
-        with contextlib.suppress(psutil.NoSuchProcess):
-            victims = psutil.Process(self.pid).children(recursive=True) if family else []
-            for victim in victims:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    victim.kill()
+    def kill(self) -> None:
+        """End the process at once."""
         self._process.kill()
         self._process.wait()
 

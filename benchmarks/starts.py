@@ -92,6 +92,7 @@ def stillborn(contestants: list[Contestant], rounds: int) -> list[Row]:
             if contestant.name == "peer" and number != 0:
                 continue  # one is enough: it waits for its whole launch timeout
             found = contestant.host.ask("stillborn")
+            contestant.forget()
             if number >= 0:
                 row.series.add(contestant.name, 1000 * found["seconds"])
             texts[contestant.name] = found["error"].splitlines()[0]

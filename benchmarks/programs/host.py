@@ -158,11 +158,6 @@ async def crowd(count: int) -> dict[str, Any]:
     return {"seconds": seconds, "lag": lag, "failures": failures, "cpu": cpu}
 
 
-async def disperse() -> None:
-    """End the kernels of `crowd`."""
-    await asyncio.gather(*(_removed(managers.pop(slot)) for slot in list(managers) if slot.startswith("crowd-")))
-
-
 async def nothing(count: int) -> None:
     """Start kernels that nobody starts, all at the same time; `noticed` ends it."""
     provisioners = KernelProvisionerFactory.instance().provisioners
@@ -176,33 +171,32 @@ async def nothing(count: int) -> None:
 
 async def noticed() -> dict[str, float]:
     """How late the loop was since `nothing` began."""
-    lag = tickers.pop().stop()
-    for slot in [slot for slot in managers if slot.startswith("null-")]:
-        await _removed(managers.pop(slot))
-    return lag
+    return tickers.pop().stop()
 
 
 async def idle(kernels: int, seconds: float) -> dict[str, Any]:
     """Do nothing with some kernels running: how late this loop is, and what it costs."""
-    slots = [f"idle-{number}" for number in range(kernels)]
-    for slot in slots:
-        await start("instant", slot)
+    for number in range(kernels):
+        await start("instant", f"idle-{number}")
     await asyncio.sleep(1)
     ticker = Ticker()
     cpu = time.process_time()
     await asyncio.sleep(seconds)
-    answer = {"lag": ticker.stop(), "cpu": (time.process_time() - cpu) / seconds}
-    for slot in slots:
-        await _removed(managers.pop(slot))
-    return answer
+    return {"lag": ticker.stop(), "cpu": (time.process_time() - cpu) / seconds}
 
 
-async def forget(slot: str = "") -> None:
-    """Get rid of a kernel with which something went wrong."""
-    if slot in clients:
-        clients.pop(slot).stop_channels()
-    if slot in managers:
-        await _removed(managers.pop(slot))
+async def forget() -> None:
+    """End all kernels."""
+    while clients:
+        clients.popitem()[1].stop_channels()
+    await asyncio.gather(*(_removed(managers.pop(slot)) for slot in list(managers)))
+
+
+async def abandon() -> None:
+    """Let go of all kernels: somebody else ends them."""
+    while clients:
+        clients.popitem()[1].stop_channels()
+    managers.clear()
 
 
 async def about() -> dict[str, str]:
@@ -222,7 +216,6 @@ async def main() -> None:
         shutdown,
         stillborn,
         crowd,
-        disperse,
         nothing,
         noticed,
         idle,
@@ -230,8 +223,7 @@ async def main() -> None:
         about,
     )
     await serve({function.__name__: function for function in functions})
-    for slot in list(managers):
-        await forget(slot)
+    await forget()
 
 
 asyncio.run(main())

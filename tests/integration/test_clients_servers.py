@@ -275,6 +275,7 @@ def test_errors(installation: Installation, spec: str, run: Run) -> None:
             assert server.ask("GET", "sessions").body == []
         installation.check_nothing_left()
         goes_on(server, spec)
+        installation.check_nothing_left()
 
 
 @pytest.mark.usefixtures("failing_specs")
@@ -296,6 +297,7 @@ def test_errors_of_pending_kernels(installation: Installation, spec: str, run: R
             assert server.kernels() == {}
         installation.check_nothing_left()
         goes_on(server, spec)
+        installation.check_nothing_left()
 
 
 def goes_on(server: Server, spec: str) -> None:
@@ -304,6 +306,8 @@ def goes_on(server: Server, spec: str) -> None:
     with server.channels(kernel_id) as kernel:
         assert kernel.run("6*7") == "42"
     server.delete(kernel_id)
+    # a pending kernel's end is waited for by nobody else
+    wait_until(lambda: server.kernels() == {}, 20, every=0.1)
 
 
 def assert_shown(text: str, parts: list[str]) -> None:

@@ -95,7 +95,7 @@ async def test_a_platform_that_does_not_answer_kills_nothing() -> None:
 
 
 async def test_silence_uses_the_timeout_and_says_what_is_known() -> None:
-    with pytest.raises(LaunchTimeout, match="within 0.1 s; its job: running") as caught:
+    with pytest.raises(LaunchTimeout, match=r"within 0.1 s; its job: running") as caught:
         await start([], [RUNNING], timeout=0.1)
     assert caught.value.failure is CALLBACK_UNREACHABLE
     with pytest.raises(LaunchTimeout, match="does not listen yet") as caught:
