@@ -62,12 +62,12 @@ def main() -> int:
 def measure(contestants: list[Contestant], work: Path, wanted: set[str], *, quick: bool) -> Iterator[list[Row]]:
     """Measure one group of figures after the other, and say on standard error how it goes."""
     groups: list[tuple[set[str], Callable[[], list[Row]]]] = [
-        (set(starts.LIFE), lambda: starts.life(contestants, wanted, 3 if quick else 15)),
-        ({"own-cost"}, lambda: starts.own_cost(contestants, 5 if quick else 30)),
+        (set(starts.LIFE), lambda: starts.life(contestants, wanted, 3 if quick else 11)),
+        ({"own-cost"}, lambda: starts.own_cost(contestants, 5 if quick else 25)),
         ({"stillborn"}, lambda: starts.stillborn(contestants, 2 if quick else 7)),
-        ({"crowd"}, lambda: crowd.at_once(contestants, work, 2 if quick else 9)),
+        ({"crowd"}, lambda: crowd.at_once(contestants, work, 2 if quick else 7)),
         ({"idle"}, lambda: crowd.idle_lag(contestants, work, 1 if quick else 5, 5 if quick else 10)),
-        ({"attach"}, lambda: attach.attach(work, 2 if quick else 7, 1000, 10 if quick else 60)),
+        ({"attach"}, lambda: attach.attach(work, 2 if quick else 7, 1000, 10 if quick else 40)),
         ({"launcher"}, lambda: launcher.cost(work, 7 if quick else 25)),
     ]
     for names, run in groups:

@@ -220,6 +220,7 @@ async def main() -> None:
         noticed,
         idle,
         forget,
+        abandon,
         about,
     )
     await serve({function.__name__: function for function in functions})

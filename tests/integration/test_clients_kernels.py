@@ -139,7 +139,7 @@ def test_kernel_that_dies_of_an_interrupt(
     manager_class: type[KernelManager],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """It is the kernel that ends, by itself: said with its exit code, and neither a failure of gp nor a lost session."""
+    """The kernel ends by itself: told with its exit code, and neither as a failure of gp nor as a lost session."""
     caplog.set_level("INFO")
     installation.jupyter.install_spec("remote", xeus_python_spec)
     with driven(manager_class(kernel_name="remote")) as kernel:

@@ -212,7 +212,6 @@ def test_variables_of_a_server_behind_a_gateway(installation: Installation, spec
             assert seen["KERNEL_COLOUR"] == "blue"
 
 
-@pytest.mark.xfail(reason="the embedded backend's launcher hands on the whole environment of the server")
 def test_kernel_gets_nothing_of_the_environment_of_its_server(installation: Installation, spec: str, run: Run) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OF_THE_SERVER", "s")

@@ -92,8 +92,9 @@ async def test_a_start_gives_jupyter_what_it_needs(started: AsyncKernelManager) 
 async def test_the_kernel_gets_its_environment_and_no_secret(
     manager: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("FAR", "far")
-    km = manager(env={"FROM_SPEC": "${FAR}-${MINE}"})
+    monkeypatch.setenv("XDG_FAR", "far")
+    monkeypatch.setenv("TOKEN_OF_THE_SERVER", "secret")
+    km = manager(env={"FROM_SPEC": "${XDG_FAR}-${MINE}"})
     await km.start_kernel(
         env={**os.environ, "MINE": "a$b", "KERNEL_X": "1", "JPY_SESSION_NAME": "nb"}, cwd=str(tmp_path)
     )
@@ -105,6 +106,7 @@ async def test_the_kernel_gets_its_environment_and_no_secret(
     assert env["KERNEL_ID"] == km.kernel_id
     assert seen["cwd"] == str(tmp_path)
     assert "GP_LAUNCH_SECRETS" not in env
+    assert "TOKEN_OF_THE_SERVER" not in env
     assert int(env["JPY_PARENT_PID"]) != os.getpid()
 
 

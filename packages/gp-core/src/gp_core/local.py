@@ -20,6 +20,7 @@ import gp_launchers
 
 from ._markers import hookimpl
 from .backend import Backend, Finding, Handle, LaunchRequest, State, Status
+from .command import expanded
 from .errors import COMMAND_NOT_FOUND, LaunchFailed
 from .identity import Identity
 from .provisioner import RemoteProvisioner
@@ -29,6 +30,19 @@ from .store import private_folder
 
 START = "import sys; sys.path.insert(0, {path!r}); from gp_launchers.__main__ import main; sys.exit(main())"
 """Starts the launcher from its package, whose byte code is cached, with no other package in reach."""
+
+
+OWN = {
+    "DISPLAY", "GP_RUNTIME_DIR", "HOME", "IPYTHONDIR", "JAVA_HOME", "JUPYTER_CONFIG_DIR", "JUPYTER_CONFIG_PATH",
+    "JUPYTER_DATA_DIR", "JUPYTER_PATH", "JUPYTER_PLATFORM_DIRS", "JUPYTER_RUNTIME_DIR", "LANG", "LANGUAGE",
+    "LD_LIBRARY_PATH", "LOGNAME", "PATH", "SHELL", "TERM", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV", "WAYLAND_DISPLAY",
+}  # fmt: skip
+PREFIXES = ("CONDA_", "CUDA_", "LC_", "NVIDIA_", "OMP_", "PYTHON", "XDG_")
+
+
+def _login_environment() -> dict[str, str]:
+    """Return what a login on this machine would have; the rest is the server's own, and may be its tokens."""
+    return {name: value for name, value in os.environ.items() if name in OWN or name.startswith(PREFIXES)}
 
 
 class LocalBackend(Backend):
@@ -44,13 +58,13 @@ class LocalBackend(Backend):
         self._exit_codes: dict[int, int] = {}
 
     async def launch(self, request: LaunchRequest) -> Handle:
-        argv, env = request.command(), {**os.environ, **request.script_environment()}
+        here = _login_environment()
+        argv, env = request.command(), {**here, **expanded(request.env, here), **request.secrets}
         if request.wrapped:
             code = START.format(path=str(Path(gp_launchers.__file__).parents[1]))
             launcher = [sys.executable, "-I", "-S", "-c", code, *request.launcher_arguments()]
             argv = [*launcher, "--", *request.argv]
-            env = {**os.environ, **request.secrets}
-        env.pop("JPY_PARENT_PID", None)
+            env = {**here, **request.secrets}
         log = await blocking(self._log_file, request.kernel_id)
         try:
             pid = await blocking(_spawn, argv, env, log)

@@ -205,8 +205,10 @@ class Planner:
         """Return the template of the kernel's connection file: what is 0 in it the launcher chooses."""
         manager, here = self.manager, self.backend.runs_here and self.manager is not None
         ip = manager.ip if here else self.backend.bind_address
-        if here and manager.transport == "ipc" and not os.path.isabs(ip):
-            ip = os.path.join(jupyter_runtime_dir(), f"kernel-{self.kernel_id}-ipc")  # not the server's current folder
+        if here and manager.transport == "ipc":
+            # upstream's own default lies in the server's current folder, whoever may write there
+            private = os.path.join(jupyter_runtime_dir(), f"kernel-{self.kernel_id}-ipc")
+            ip = private if ip == "kernel-ipc" else ip
         info: dict[str, Any] = {
             "transport": manager.transport if here else "tcp",
             "ip": ip,
@@ -219,8 +221,9 @@ class Planner:
         return info | self._curve_keys(old)
 
     def _curve_keys(self, old: Mapping[str, Any]) -> dict[str, str]:
-        if CURVE[0] in old:
-            return {name: text(old[name]) for name in CURVE}
+        kept = old if CURVE[0] in old else {name: getattr(self.manager, name, None) for name in CURVE}
+        if all(kept[name] for name in CURVE):
+            return {name: text(kept[name]) for name in CURVE}
         supported = getattr(self.manager, "_kernel_supports_curve_encryption", lambda: False)()
         if not self._encryption or (self._encryption == "auto" and not supported):
             return {}

@@ -135,6 +135,9 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         planner = await self._planner(server)
         self._planned = planner.plan(requested, extra, kwargs, self.connection_info)
         self.connection_info = _for_manager(self._planned.plan.connection)
+        for name in CURVE:  # clients may be made between pre_launch and launch_kernel
+            if name in self._planned.plan.connection and hasattr(self.parent, name):
+                setattr(self.parent, name, self._planned.plan.connection[name].encode())
         self._env = dict(requested if requested is not None else os.environ)
         return {**kwargs, "cmd": list(self._planned.plan.request.argv), "env": dict(self._env)}
 
