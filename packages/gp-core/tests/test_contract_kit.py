@@ -37,7 +37,7 @@ gp_core.kernel.STOP = 0.5  # seconds; a broken job does not end by waiting
 class FakeContract(BackendContract):
     backend_class = FakeBackend
     unknown_job = {"job": "job-0"}
-    start_timeout, end_timeout, settle, test_timeout = 2.0, 1.0, 0.05, 10.0
+    start_timeout, end_timeout, settle, test_timeout = 2.0, 1.5, 0.05, 15.0
 
     @pytest.fixture
     def data_dir(self, tmp_path_factory):

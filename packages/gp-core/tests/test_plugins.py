@@ -64,16 +64,19 @@ def test_a_broken_plugin_is_reported_by_name_and_the_rest_goes_on(monkeypatch: p
     async def asynchronous(kernel: object, phase: str) -> float:
         return 1.0
 
+    def nothing() -> list[type[Backend]]:
+        return []
+
     installed(
         monkeypatch,
         missing=ModuleNotFoundError("No module named 'kubernetes'"),
         crashing=ZeroDivisionError("at import"),
-        misspelt=plugin(gp_backend=list),
+        misspelt=plugin(gp_backend=nothing),
         asynchronous=plugin(gp_timeout=asynchronous),
         first=plugin(gp_backends=lambda: [FakeBackend]),
         second=plugin(gp_backends=lambda: [FakeBackend]),
         failing=plugin(gp_backends=lambda: 1 / 0),
-        disabled=plugin(gp_backends=list),
+        disabled=plugin(gp_backends=nothing),
     )
     loaded = Plugins(disabled=["disabled"])
     loaded.load()

@@ -541,7 +541,7 @@ class BackendContract:
                 f"this is left: {await backend.discover(kernel_id)}"
             )
             await asyncio.sleep(self.settle)  # a job that was still on its way would be there now
-        assert gp.server.store.get(kernel_id) is None
+        assert await eventually(lambda: gp.server.store.get(kernel_id) is None, self.end_timeout), "a record is left"
 
 
 def _violations(cls: type[BackendContract]) -> Iterator[str]:
