@@ -113,6 +113,7 @@ def test_life(installation: Installation, kernel: Kernel) -> None:
     installation.check_nothing_left()
 
 
+@pytest.mark.parametrize("manager_class", [AsyncKernelManager], ids=["async"])  # starting Java takes seconds
 def test_death_is_told(installation: Installation, kernel: Kernel) -> None:
     speaks, used = kernel
     used.client.execute(speaks.end)

@@ -188,6 +188,17 @@ async def test_a_kernel_whose_server_is_gone_is_kept_and_listed(server: KernelSe
     await runtime().call(server.kernels["k9"].remove(force=True))
 
 
+async def test_the_records_of_kernels_that_ended_without_their_server_are_tidied_up() -> None:
+    server, other = kernel_server(), Owner("elsewhere.example", 1, 0.0)
+    gone, kept = recorded(GONE), recorded(other)
+    gone.handle = kept.handle = {"kernel_id": "k9", "pid": 2**22 + 6, "started": 0.0, "log": ""}
+    kept.kernel_id = "k10"
+    server.store.put(gone)
+    server.store.put(kept)
+    await runtime().call(server.open())
+    await until(lambda: [record.kernel_id for record in server.store.list()] == ["k10"])
+
+
 async def test_a_stranger_that_checks_the_pin_learns_nothing_more(server: KernelServer) -> None:
     dialing = launcher(server, pins=["0" * 64])
     with pytest.raises(ConnectionError, match="another pin"):

@@ -32,6 +32,10 @@ class Event(enum.Enum):
     REMOVED = "removed"  #: job and record are gone
 
 
+ROUTINE = frozenset(Event) - {Event.FAILED, Event.LOST, Event.RESUMED, Event.EXITED}
+"""Logged as DEBUG: the host application tells of starts itself, and a console prints its log between the cells."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class KernelEvent:
     """One event of a kernel's life; holds no secret.
@@ -71,7 +75,8 @@ class Announcer:
 
     def tell(self, event: KernelEvent) -> None:
         """Announce an event and return at once."""
-        self._log.info("kernel %s: %s", self._kernel.kernel_id, f"{event.event.value} {event.detail}".rstrip())
+        level = logging.DEBUG if event.event in ROUTINE else logging.INFO
+        self._log.log(level, "kernel %s: %s", self._kernel.kernel_id, f"{event.event.value} {event.detail}".rstrip())
         before = self._last
 
         async def told() -> None:

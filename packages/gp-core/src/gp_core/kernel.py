@@ -44,6 +44,7 @@ REDIAL = 10.0  # seconds that a restart waits for a lost session to come back, b
 HICCUP = 2.0  # seconds that a signal waits for it, before the platform is asked to deliver it
 MAX_BUNDLE = 120_000  # bytes; Linux allows 128 KiB for one variable
 STOP = 10.0  # seconds for a job to end before it is killed
+FAREWELL = 2.0  # seconds that the end of the process waits for a kernel that may be ending just now (console)
 FORCED = 2.0  # the same in a hurry; not zero, because a launcher that is killed leaves files
 
 
@@ -348,7 +349,7 @@ class RemoteKernel:
         self.exit_code = code
         self.record.state = "exited"
         self._ended.set()
-        self._tell(Event.EXITED, report.detail, data={"exit_code": code})
+        self._tell(Event.EXITED, report.detail or startup.exit_text(code), data={"exit_code": code})
         if not self._starting:
             self._lingering = asyncio.get_running_loop().call_later(
                 LINGER, lambda: runtime().spawn(self.remove(), name=f"clean-up of kernel {self.info.kernel_id}")
@@ -457,7 +458,7 @@ class RemoteKernel:
     async def farewell(self) -> None:
         """At the end of the process: forget a kernel that ends just now; leave one that lives to its lease."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), 0.5)
+            await asyncio.wait_for(self._ended.wait(), FAREWELL)
             await self.remove()
 
     # -- small parts

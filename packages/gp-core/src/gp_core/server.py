@@ -15,7 +15,8 @@ from traitlets.config import Config, LoggingConfigurable
 from gp_launchers import bundle
 
 from . import protocol
-from .errors import ConfigError, LaunchDenied
+from .backend import State
+from .errors import ConfigError, GPError, LaunchDenied
 from .identity import Identity
 from .plugins import plugins
 from .policies import Policy, check_limit
@@ -102,12 +103,10 @@ class KernelServer(LoggingConfigurable):
                     raise  # a firewall may have to know the port
                 self.port = await made.listen(bound, 0, 0)  # twelve users of one machine, say
             self.rendezvous = made
-            self.log.info(
-                "listening on %s port %d; launchers call back to %s",
-                ", ".join(bound),
-                self.port,
-                ", ".join(self.addresses(local=False)),
-            )
+            told = ", ".join(self.addresses(local=False))
+            level = logging.DEBUG if bound == ["127.0.0.1"] else logging.INFO  # an open port is worth a line
+            self.log.log(level, "listening on %s port %d; launchers call back to %s", ", ".join(bound), self.port, told)
+            runtime().spawn(self._tidy(), name="tidying up")
             runtime().at_exit.append(self._farewell)
 
     async def open_protocol_1(self) -> None:
@@ -219,6 +218,21 @@ class KernelServer(LoggingConfigurable):
         await runtime().blocking(self.store.put, record)
         self.log.info("kernel %s of a server that is gone has called back and is kept", record.kernel_id)
         return kernel
+
+    async def _tidy(self) -> None:
+        """Forget kernels of servers that are gone if their jobs are gone too."""
+        from .kernel import RemoteKernel
+
+        for record in await runtime().blocking(self.store.list):
+            if record.owner is None or record.owner.is_alive() or record.handle is None:
+                continue
+            try:
+                status = await RemoteKernel.of_record(self, record).backend.look(record.handle)
+            except GPError:
+                continue  # its backend is not installed any more: `jupyter gp doctor` and `gc` tell
+            if status.state is State.GONE and record.kernel_id not in self.kernels:
+                self.log.debug("kernel %s ended without its server: its record is removed", record.kernel_id)
+                await runtime().blocking(self.store.remove, record.kernel_id)
 
     async def _farewell(self) -> None:
         """At the end of the process: forget kernels that a client has just shut down without telling (console)."""

@@ -95,7 +95,7 @@ async def confirmed(
         async for report in reports:
             seen.append(report)
             if report.state == "exited":
-                code = "" if report.exit_code is None else f" with {_exit_text(report.exit_code)}"
+                code = "" if report.exit_code is None else f" with {exit_text(report.exit_code)}"
                 text = f"kernel {kernel.kernel_id} ({kernel.kernel_name}) ended{code} before it listened"
                 raise LaunchFailed(
                     f"{text}: {report.detail}" if report.detail else text,
@@ -155,7 +155,8 @@ def _late(kernel: KernelInfo, timeout: float, *, connected: bool, last: list[Sta
     return LaunchTimeout(text, reason=reason, log=log)
 
 
-def _exit_text(code: int) -> str:
+def exit_text(code: int) -> str:
+    """Return an exit code in words; negative for a signal."""
     if code >= 0:
         return f"exit code {code}"
     try:
