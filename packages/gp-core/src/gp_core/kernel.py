@@ -142,7 +142,7 @@ class RemoteKernel:
             record.handle = await self._launched(launching, timeout)
             await self._save()
             self._tell(Event.LAUNCHED)
-            await self._confirm(plan, started + timeout - time.monotonic(), watch=True)
+            await self._confirm(plan, timeout, started, watch=True)
             await self._save()
         except BaseException as error:
             await self._give_up(error, launching)
@@ -183,13 +183,14 @@ class RemoteKernel:
         self.record.state = "starting"
         self._begin_start()
         self._tell(Event.RESTARTING)
+        timeout = plugins().timeout(self.info, "launch", plan.timeout)
         message = protocol.restart(self.record.run, env=request.env, argv=request.argv, cwd=request.cwd)
         try:
             await self._save()
             self._restart = message
             self._send(message)
             self._report(Report("connected"))
-            await self._confirm(plan, plugins().timeout(self.info, "launch", plan.timeout), watch=False)
+            await self._confirm(plan, timeout, time.monotonic(), watch=False)
             await self._save()
         except BaseException as error:
             await self._give_up(error, None)
@@ -227,7 +228,7 @@ class RemoteKernel:
                 reason=LAUNCH_TIMEOUT,
             ) from None
 
-    async def _confirm(self, plan: Plan, timeout: float, *, watch: bool) -> None:
+    async def _confirm(self, plan: Plan, timeout: float, since: float, *, watch: bool) -> None:
         assert self.record.handle is not None
         await startup.confirmed(
             self.info,
@@ -235,6 +236,7 @@ class RemoteKernel:
             statuses=self._statuses(self.record.handle) if watch else None,
             judge=lambda status, elapsed: plugins().confirm_startup(self.info, status, elapsed),
             timeout=timeout,
+            since=since,
             until=plan.confirm,
             log=self._log_tail,
         )

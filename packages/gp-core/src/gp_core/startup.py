@@ -65,6 +65,7 @@ async def confirmed(
     statuses: AsyncIterator[Status] | None,
     judge: Callable[[Status, float], Verdict],
     timeout: float,
+    since: float | None = None,
     until: Literal["listening", "connected"] = "listening",
     log: Callable[[], Awaitable[str]],
     progress: Callable[[Status], None] = lambda status: None,
@@ -79,6 +80,7 @@ async def confirmed(
         statuses: Of its job, as `Backend.watch` yields them; None if the job is not looked at.
         judge: Of one status and the seconds since the start.
         timeout: Seconds of silence until the start is given up.
+        since: `time.monotonic` when the seconds began to count; default: now.
         until: Which report confirms.
         log: Fetches the last lines of the job's output, for the error.
         progress: Told of every status.
@@ -87,7 +89,7 @@ async def confirmed(
         LaunchFailed: The kernel or its job is gone, or a reason cannot heal.
         LaunchTimeout: Nothing decided in time.
     """
-    started = time.monotonic()
+    started = time.monotonic() if since is None else since
     seen: list[Report] = []
     last: list[Status] = []
 
