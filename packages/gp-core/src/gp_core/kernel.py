@@ -90,6 +90,7 @@ class RemoteKernel:
             kernel_id=record.kernel_id, kernel_name=record.kernel_name, user=record.user, backend=record.backend
         )
         self.exit_code: int | None = None  #: None while the kernel is taken for alive
+        self.ended_at = 0.0  #: `time.monotonic` of its last end
         self.session: Session | None = None
         self.capabilities: frozenset[str] = frozenset()
         self._ended = asyncio.Event()
@@ -348,7 +349,7 @@ class RemoteKernel:
         self._report(report)
         if self.exit_code is not None or self._removed:
             return
-        self.exit_code = code
+        self.exit_code, self.ended_at = code, time.monotonic()
         self.record.state = "exited"
         self._ended.set()
         self._tell(Event.EXITED, report.detail or startup.exit_text(code), data={"exit_code": code})

@@ -19,6 +19,7 @@ import functools
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar, cast
@@ -72,6 +73,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         self._planned: Planned | None = None
         self._env: dict[str, str] = {}
         self._end_wanted = False
+        self._asked_at = self._cleaned_at = 0.0
 
     # -- what jupyter_client asks for
 
@@ -108,8 +110,10 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         if self._kernel is not None and not restart:
             kernel, self._kernel, self._reaped = self._kernel, None, True
             await runtime().call(kernel.remove())
+        self._cleaned_at = time.monotonic()
 
     async def shutdown_requested(self, restart: bool = False) -> None:
+        self._asked_at = time.monotonic()
         self._note_request()
         if self._kernel is not None:
             runtime().loop.call_soon_threadsafe(self._kernel.end_requested)
@@ -149,6 +153,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         plan = self._planned.plan.with_environment(late)
         kernel, again = self._kernel, self._kernel is not None
         mourned, self._end_wanted = again and not self._end_wanted, False
+        await self._let_the_request_expire()
         if kernel is None:
             kernel = await runtime().call(self._new_kernel(self._planned))
         try:
@@ -199,6 +204,16 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
 
     # -- parts
 
+    async def _let_the_request_expire(self) -> None:
+        """Wait until a ``shutdown_request`` that no kernel took is gone.
+
+        jupyter_client sends one at every restart, also to a kernel that is dead or dies of the interrupt before it.
+        ZeroMQ keeps it for the 100 ms of the socket's linger, and gives it to a new kernel that is quick there.
+        """
+        if self._kernel is not None and self._asked_at and self._kernel.ended_at < self._asked_at + 0.05:
+            await asyncio.sleep(max(0.0, self._cleaned_at + LINGER - time.monotonic()))
+        self._asked_at = 0.0
+
     @property
     def _backend(self) -> type[Backend]:
         return plugins().backend(self.backend_name)
@@ -228,6 +243,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         return kernel
 
 
+LINGER = 0.15  # seconds for which an undelivered request can still reach somebody
 SECRET = ("key", *CURVE)
 
 
