@@ -22,6 +22,7 @@ from jupyter_client.ioloop import AsyncIOLoopKernelManager
 from tornado.web import HTTPError
 
 from gp_core import kernel as kernel_module
+from gp_core import local
 from gp_core import plugins as plugins_module
 from gp_core._markers import hookimpl
 from gp_core.backend import Handle, LaunchRequest
@@ -563,6 +564,22 @@ def test_a_blocking_manager_works_without_and_inside_of_a_loop(installation: Pat
 
     asyncio.run(inside())
     asyncio.run(inside())
+
+
+async def test_old_logs_go_and_starts_that_come_together_do_not_mind(
+    manager: Make, installation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "KEPT_LOGS", 3)
+    (installation / "logs").mkdir(parents=True)
+    for number in range(40):
+        log = installation / "logs" / f"{number}.log"
+        log.touch()
+        os.utime(log, (number, number))
+    managers = [manager() for _ in range(6)]
+    await asyncio.gather(*(km.start_kernel() for km in managers))
+    await asyncio.gather(*(km.shutdown_kernel(now=True) for km in managers))
+    assert not (installation / "logs" / "0.log").exists()
+    assert all((installation / "logs" / f"{km.kernel_id}.log").exists() for km in managers[-1:])
 
 
 async def test_many_kernels_at_once(manager: Make, installation: Path) -> None:

@@ -37,6 +37,7 @@ OWN = {
     "JUPYTER_DATA_DIR", "JUPYTER_PATH", "JUPYTER_PLATFORM_DIRS", "JUPYTER_RUNTIME_DIR", "LANG", "LANGUAGE",
     "LD_LIBRARY_PATH", "LOGNAME", "PATH", "SHELL", "TERM", "TMPDIR", "TZ", "USER", "VIRTUAL_ENV", "WAYLAND_DISPLAY",
 }  # fmt: skip
+KEPT_LOGS = 100
 PREFIXES = ("CONDA_", "CUDA_", "LC_", "NVIDIA_", "OMP_", "PYTHON", "XDG_")
 
 
@@ -142,11 +143,17 @@ class LocalBackend(Backend):
     def _log_file(self, kernel_id: str) -> Path:
         folder = data_folder() / "logs"
         private_folder(folder)
-        logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
-        for old in logs[:-100]:  # they outlive their kernels, to be read after a failure
-            with contextlib.suppress(OSError):
-                old.unlink()
+        if len(os.listdir(folder)) > 2 * KEPT_LOGS:  # they outlive their kernels, to be read after a failure
+            for old in sorted(folder.glob("*.log"), key=_age, reverse=True)[:-KEPT_LOGS]:
+                old.unlink(missing_ok=True)
         return _log_path(kernel_id)
+
+
+def _age(path: Path) -> float:
+    try:
+        return -path.stat().st_mtime
+    except OSError:
+        return 0.0  # deleted meanwhile by another start
 
 
 def _log_path(kernel_id: str) -> Path:
