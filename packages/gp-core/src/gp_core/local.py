@@ -144,14 +144,14 @@ class LocalBackend(Backend):
         folder = data_folder() / "logs"
         private_folder(folder)
         if len(os.listdir(folder)) > 2 * KEPT_LOGS:  # they outlive their kernels, to be read after a failure
-            for old in sorted(folder.glob("*.log"), key=_age, reverse=True)[:-KEPT_LOGS]:
+            for old in sorted(folder.glob("*.log"), key=_changed)[:-KEPT_LOGS]:
                 old.unlink(missing_ok=True)
         return _log_path(kernel_id)
 
 
-def _age(path: Path) -> float:
+def _changed(path: Path) -> float:
     try:
-        return -path.stat().st_mtime
+        return path.stat().st_mtime
     except OSError:
         return 0.0  # deleted meanwhile by another start
 
