@@ -8,7 +8,6 @@ from typing import Any
 from contestants import Contestant
 from harness import Failed, Goal, Row, Series
 
-PEER_ROUNDS = 3
 LIFE = ("start", "interrupt", "restart", "restart-now", "shutdown", "death")
 COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "start": ("start", {"kernel": "ipykernel"}),
@@ -44,7 +43,7 @@ def life(contestants: list[Contestant], wanted: set[str], rounds: int) -> list[R
     }
     steps = [step for step in LIFE if step in wanted | {"start", "shutdown"}]
     for number in range(-1, rounds):
-        taking_part = _taking_part(contestants, number)
+        taking_part = _taking_part(contestants, number, rounds)
         for step in steps:
             if step == "death":
                 in_turn(taking_part, Series(), lambda contestant: contestant.host.ask("start", kernel="ipykernel"))
@@ -58,9 +57,10 @@ def life(contestants: list[Contestant], wanted: set[str], rounds: int) -> list[R
     return [row for step, row in rows.items() if step in wanted]
 
 
-def _taking_part(contestants: list[Contestant], number: int) -> list[Contestant]:
-    """Spare the peer most rounds: to end a kernel takes it half a minute."""
-    return [contestant for contestant in contestants if contestant.name != "peer" or number < PEER_ROUNDS]
+def _taking_part(contestants: list[Contestant], number: int, rounds: int) -> list[Contestant]:
+    """Spare the peer most rounds: to end or restart a kernel takes it half a minute."""
+    last = max(1, rounds // 4)
+    return [contestant for contestant in contestants if contestant.name != "peer" or number < last]
 
 
 def _sample(command: str, arguments: dict[str, Any]) -> Callable[[Contestant], float]:
@@ -71,7 +71,7 @@ def own_cost(contestants: list[Contestant], rounds: int) -> list[Row]:
     """Start and shutdown now of a kernel that is ready at once."""
     row = Row("own cost of a start (kernel ready at once)", "ms", Series(), Goal(120))
     for number in range(-1, rounds):
-        taking_part = _taking_part(contestants, number)
+        taking_part = _taking_part(contestants, number, rounds)
         in_turn(taking_part, row.series, _sample("start", {"kernel": "instant"}))
         for contestant in taking_part:
             contestant.forget()

@@ -424,8 +424,8 @@ def test_the_next_launcher_removes_the_key_of_a_killed_one(launch, server):
     running.wait()
     os.utime(left, (1, 1))
     after = launch("brief", "0.05", "0")
-    while server.next().next("hello")["pid"] != after.pid:
-        pass
+    while (server.next().messages.get(timeout=10) or {}).get("pid") != after.pid:
+        pass  # the killed one may have got to the handshake or to its hello
     server.stop()
     after.wait()
     assert list(launch.runtime.iterdir()) == []
