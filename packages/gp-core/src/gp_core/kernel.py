@@ -44,7 +44,7 @@ REDIAL = 10.0  # seconds that a restart waits for a lost session to come back, b
 HICCUP = 2.0  # seconds that a signal waits for it, before the platform is asked to deliver it
 MAX_BUNDLE = 120_000  # bytes; Linux allows 128 KiB for one variable
 STOP = 10.0  # seconds for a job to end before it is killed
-FAREWELL = 2.0  # seconds that the end of the process waits for a kernel that may be ending just now (console)
+FAREWELL = 4.0  # seconds that the end of the process waits for a kernel that may be ending just now (console)
 FORCED = 2.0  # the same in a hurry; not zero, because a launcher that is killed leaves files
 
 

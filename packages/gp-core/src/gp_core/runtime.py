@@ -26,7 +26,7 @@ P = ParamSpec("P")
 log = logging.getLogger(__name__)
 
 WORKERS = 8  # threads for blocking client libraries
-GOODBYE = 5.0  # seconds that the end of the process waits for clean-ups
+GOODBYE = 10.0  # seconds that the end of the process waits for clean-ups
 
 
 class Runtime:
