@@ -158,13 +158,7 @@ def integration(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Side by side with the local provisioner and with gateway_provisioners, the peer; `-- --json FILE`."""
     session.install(*editable(*PROJECTS), *group("bench"))
-    # the peer claims the same provisioner names, so it gets an environment of its own
-    peer = Path(session.virtualenv.location) / "peer"
-    if not peer.exists():
-        session.run("virtualenv", "--quiet", str(peer))
-    python = str(peer / "bin/python")
-    session.run(python, "-m", "pip", "install", "--quiet", "gateway_provisioners", "ipykernel", external=True)
-    session.run("python", "benchmarks", *session.posargs, env={"GP_BENCH_PEER_PYTHON": python})
+    session.run("python", "benchmarks", *session.posargs)
 
 
 @nox.session

@@ -60,8 +60,9 @@ class LocalBackend(Backend):
 
     async def launch(self, request: LaunchRequest) -> Handle:
         here = _login_environment()
-        argv, env = request.command(), {**here, **expanded(request.env, here), **request.secrets}
-        if request.wrapped:
+        if not request.wrapped:
+            argv, env = request.command(), {**here, **expanded(request.env, here), **request.secrets}
+        else:
             code = START.format(path=str(Path(gp_launchers.__file__).parents[1]))
             launcher = [sys.executable, "-I", "-S", "-c", code, *request.launcher_arguments()]
             argv = [*launcher, "--", *request.argv]

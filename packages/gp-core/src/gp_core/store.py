@@ -91,7 +91,7 @@ class Record:
     created: float = 0.0
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True)
+        return json.dumps({"format": FORMAT, **vars(self), "owner": asdict(self.owner) if self.owner else None})
 
     @classmethod
     def from_json(cls, text: str) -> Record:
