@@ -128,7 +128,7 @@ async def test_no_secret_can_be_read_anywhere(
     argv = " ".join(part for process in [launcher, *launcher.children()] for part in process.cmdline())
     logs = "".join(path.read_text() for path in (installation / "logs").iterdir())
     record = remote(started).record
-    shown = repr([record, remote(started).info, remote(started), started.provisioner])
+    shown = repr([record, remote(started).info, remote(started), started.provisioner, started.provisioner._planned])
     for place in (argv, logs, shown, caplog.text):
         assert key not in place
         assert record.token not in place

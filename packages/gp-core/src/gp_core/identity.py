@@ -106,8 +106,7 @@ def _pin(pem: Path) -> str:
 
 
 def _age(pem: Path) -> datetime.timedelta:
-    made = getattr(_certificate(pem), "not_valid_before_utc", None)  # cryptography >= 42
-    return datetime.datetime.now(datetime.timezone.utc) - made if made else datetime.timedelta()
+    return datetime.datetime.now(datetime.timezone.utc) - _certificate(pem).not_valid_before_utc
 
 
 def _key_and_certificate() -> bytes:

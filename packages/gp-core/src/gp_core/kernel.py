@@ -13,7 +13,7 @@ import secrets
 import signal as signals
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from . import protocol, protocol1, startup
@@ -61,7 +61,7 @@ class Plan:
     """
 
     request: LaunchRequest
-    connection: dict[str, Any]
+    connection: dict[str, Any] = field(repr=False)  # holds the kernel's keys
     timeout: float
     confirm: Literal["listening", "connected"] = "listening"
     older: protocol1.Terms | None = None
