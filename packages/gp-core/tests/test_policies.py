@@ -384,3 +384,10 @@ def test_fails_with_the_platforms_reason():
 def test_fails_when_the_job_is_gone(detail, reason):
     verdict = gp_confirm_startup(KERNEL, Status(state=State.GONE, detail=detail), 0)
     assert (verdict.wait, verdict.reason, verdict.detail) == (False, reason, detail)
+
+
+def test_impersonation_can_be_demanded_by_a_kernelspec_and_not_taken_back():
+    assert narrowed(Policy(), {"impersonation_enabled": "true"}).impersonation_enabled
+    assert narrowed(Policy(impersonation_enabled=True), {"impersonation_enabled": False}).impersonation_enabled
+    with pytest.raises(ConfigError, match="impersonation_enabled: 'maybe' is neither true nor false"):
+        narrowed(Policy(), {"impersonation_enabled": "maybe"})

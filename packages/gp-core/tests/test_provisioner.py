@@ -25,7 +25,7 @@ from gp_core import kernel as kernel_module
 from gp_core import local
 from gp_core import plugins as plugins_module
 from gp_core._markers import hookimpl
-from gp_core.backend import Handle, LaunchRequest
+from gp_core.backend import Handle, LaunchRequest, State, Status
 from gp_core.errors import (
     COMMAND_NOT_FOUND,
     KERNEL_DIED,
@@ -109,6 +109,16 @@ async def test_the_kernel_gets_its_environment_and_no_secret(
     assert "GP_LAUNCH_SECRETS" not in env
     assert "TOKEN_OF_THE_SERVER" not in env
     assert int(env["JPY_PARENT_PID"]) != os.getpid()
+
+
+async def test_a_backend_that_cannot_impersonate_starts_nothing_when_it_is_demanded(
+    manager: Make, installation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GP_IMPERSONATION_ENABLED", "1")
+    for config in ({}, {"impersonation_enabled": False}):  # policy: a kernelspec cannot take it back
+        with pytest.raises(LaunchDenied, match=r"impersonation_enabled.*local backend cannot start one as"):
+            await manager(config=config).start_kernel()
+    await nothing_left(installation)
 
 
 async def test_variables_that_an_application_adds_late_travel_too(manager: Make) -> None:
@@ -469,6 +479,19 @@ async def test_a_killed_launcher_takes_its_kernel_along_and_is_seen(started: Asy
     launchers()[0].kill()
     await until(lambda: remote(started).exit_code is not None, 2)
     await until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+async def test_the_platform_says_why_after_the_launcher_told_of_the_end(
+    started: AsyncKernelManager, events: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    cancelled = Status(state=State.GONE, detail="job 7 is CANCELLED by ada")
+    monkeypatch.setattr(LocalBackend, "_gone", lambda self, handle: cancelled)
+    launchers()[0].terminate()  # it ends its kernel, tells of that, and goes
+    await until(lambda: "gone" in events)
+    assert events.index("exited") < events.index("gone")
+    assert "CANCELLED by ada" in caplog.text
+    assert await started.provisioner.poll() == -signal.SIGTERM, "the kernel's own end, not the job's"
 
 
 async def test_signals_reach_the_kernel(started: AsyncKernelManager) -> None:

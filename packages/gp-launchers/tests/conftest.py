@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from launcher_kit import Launcher, Server, make_certificate
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hang_up():
+    """Processes get SIGHUP as in a terminal, also if nohup started the tests: launchers leave it ignored then."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(scope="session")

@@ -121,7 +121,6 @@ def test_sources_compile_with_every_python(version):
 
 
 def test_ipykernel_is_the_default(launch, server):
-    pytest.importorskip("ipykernel")
     running = launch(command=launch.command(None))
     connection, _ = server.meet()
     assert connection.next("listening", 60)

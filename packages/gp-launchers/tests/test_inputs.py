@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launcher_kit import SOURCES, TOKEN
 
+from gp_launchers import log as log_module
 from gp_launchers.command import kernel_argv, kernel_environment, kernel_folder
 from gp_launchers.options import parse
 from gp_launchers.quickjson import dump_flat, loads
@@ -159,3 +160,16 @@ def test_secrets_from_standard_input(launch, server):
         connection.next("listening")
         connection.send(type="shutdown", grace=0)
         process.wait(10)
+
+
+def test_a_log_that_is_appended_to_keeps_its_newest_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(log_module, "_LARGEST", 4000)
+    monkeypatch.setattr(log_module, "_KEPT", 1000)
+    log = log_module.Log(str(tmp_path / "log"), "k1")
+    for number in range(1000):
+        log("line %d", number)
+    kept = (tmp_path / "log").read_text()
+    assert len(kept) < 7000
+    assert kept.startswith("[gp-launcher: older lines were dropped, ")
+    lines = [int(line.rpartition(" ")[2]) for line in kept.splitlines()[1:] if "dropped" not in line]
+    assert lines == list(range(lines[0], 1000))

@@ -106,6 +106,7 @@ class LaunchRequest(KernelInfo):
             that others can read.
         cwd: Working directory on the far side, if it exists there.
         submit: "api": the backend creates the job and ``command()`` runs inside; "script": argv runs here and submits.
+        impersonate: The kernel has to run as ``user``; only a backend that ``impersonates`` is asked.
         parameters: Typed values that the user chose, already checked.
         port_range: Where the kernel may listen.
         launcher_file: The launcher on this machine as one executable zip file.
@@ -118,6 +119,7 @@ class LaunchRequest(KernelInfo):
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     cwd: str | None = None
     submit: Literal["api", "script"] = "api"
+    impersonate: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
     port_range: PortRange = field(default_factory=PortRange)
     launcher_file: Path = Path("gp-launcher.pyz")
@@ -158,6 +160,7 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
     name: ClassVar[str]
     bind_address: ClassVar[str] = "0.0.0.0"  #: what kernels bind on the far side when clients connect directly
     runs_here: ClassVar[bool] = False  #: kernels run on this machine as this user; its paths and interpreter are theirs
+    impersonates: ClassVar[bool] = False  #: can start a kernel as ``request.user``
     poll_interval: ClassVar[tuple[float, float]] = (
         0.25,
         10.0,

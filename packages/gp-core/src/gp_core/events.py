@@ -29,10 +29,11 @@ class Event(enum.Enum):
     RESUMED = "resumed"  #: the launcher has called back again
     RESTARTING = "restarting"  #: the kernel is being replaced inside its launcher
     EXITED = "exited"  #: the kernel's process has ended
+    GONE = "gone"  #: the platform says why the job of a kernel is gone whose launcher had only told of its end
     REMOVED = "removed"  #: job and record are gone
 
 
-ROUTINE = frozenset(Event) - {Event.FAILED, Event.LOST, Event.RESUMED, Event.EXITED}
+ROUTINE = frozenset(Event) - {Event.FAILED, Event.LOST, Event.RESUMED, Event.EXITED, Event.GONE}
 """Logged as DEBUG: the host application tells of starts itself, and a console prints its log between the cells."""
 
 

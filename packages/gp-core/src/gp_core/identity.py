@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import os
 import ssl
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from .errors import StoreError
-from .store import private_folder
+from .store import private_folder, write_private
 
 ROTATE_AFTER = datetime.timedelta(days=365)
 LIFETIME = datetime.timedelta(days=3650)  # launchers check the pin, not the dates
@@ -124,13 +122,4 @@ def _ensure(path: Path, make: Callable[[], bytes] = _key_and_certificate) -> Non
         if path.stat().st_mode & 0o077:
             path.chmod(0o600)
         return
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(make())
-            file.flush()
-            os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)  # unlike a rename it never replaces the key that another process has just made
-    finally:
-        os.unlink(temporary)
+    write_private(path, make(), replace=False)

@@ -367,10 +367,17 @@ class RemoteKernel:
         assert self.record.handle is not None
         async for status in self._statuses(self.record.handle):
             if status.state is State.GONE:
-                detail = status.detail or "its job is gone"
-                report = Report("exited", status.exit_code, reason=status.reason or LAUNCHER_DIED, detail=detail)
-                self._has_ended(1 if status.exit_code is None else status.exit_code, report)
+                self._job_is_gone(status)
                 return
+
+    def _job_is_gone(self, status: Status) -> None:
+        if self.exit_code is not None:  # a launcher that is told to end tells of its kernel, and knows no reason
+            if status.detail:
+                self._tell(Event.GONE, status.detail, data={"reason": status.reason.code if status.reason else None})
+            return
+        detail = status.detail or "its job is gone"
+        report = Report("exited", status.exit_code, reason=status.reason or LAUNCHER_DIED, detail=detail)
+        self._has_ended(1 if status.exit_code is None else status.exit_code, report)
 
     # -- what jupyter_client wants
 

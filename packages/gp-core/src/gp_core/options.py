@@ -69,6 +69,9 @@ class ProvisionerOptions(LoggingConfigurable):
     launch_timeout_cap = from_env(
         Float(600.0, min=1, help="Seconds that a client may choose as launch timeout at most."), "GP_LAUNCH_TIMEOUT_CAP"
     )
+    impersonation_enabled = from_env(
+        Bool(False, help="Start kernels as their user; a backend that cannot starts none."), "GP_IMPERSONATION_ENABLED"
+    )
     client_parameters = Instance(
         dict, (), help="Parameters open to clients for every kernelspec, as properties of a JSON schema."
     ).tag(config=True)
@@ -100,7 +103,6 @@ class ProvisionerOptions(LoggingConfigurable):
         help="Who creates the job: the backend, or argv run here.",
     ).tag(config=True)
     launcher_protocol = Int(2, min=1, max=2, help="1: argv brings a launcher of gateway_provisioners.").tag(config=True)
-    impersonation_enabled = from_env(Bool(False, help="Start the kernel as the user."), "GP_IMPERSONATION_ENABLED")
 
     @default("unauthorized_users")
     def _unauthorized_users(self) -> list[str]:
@@ -131,6 +133,7 @@ POLICY = (
     "min_port_range_size",
     "max_kernels_per_user",
     "launch_timeout_cap",
+    "impersonation_enabled",
     "client_parameters",
     "env_passthrough",
 )

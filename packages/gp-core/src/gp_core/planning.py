@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pwd
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from jupyter_core.paths import jupyter_runtime_dir
 
 from .backend import Backend, LaunchRequest
 from .command import fill, launch_environment, names_our_launcher, placeholders
-from .errors import ConfigError
+from .errors import ConfigError, LaunchDenied
 from .kernel import Plan
 from .options import ProvisionerOptions, choose
 from .parameters import from_client, from_schema
@@ -98,8 +97,13 @@ class Planner:
         """
         policy = self._chosen.policy
         client = dict(requested if requested is not None else os.environ)
-        user = resolve_user(self.server.user_source, client, os.environ, _own_name())
+        user = resolve_user(self.server.user_source, client, os.environ, self.server.own_user)
         check_user(policy, user)
+        if policy.impersonation_enabled and not self.backend.impersonates:
+            raise LaunchDenied(
+                f"kernels must run as their user here (impersonation_enabled), and the {self.backend.name} backend "
+                f"cannot start one as {user!r}: choose another kernelspec"
+            )
         parameters = self._parameters(policy, client)
         timeout = parameters.pop("launch_timeout", self.options.launch_timeout)
         passed = self.options.env_passthrough
@@ -117,6 +121,7 @@ class Planner:
             env=env,
             cwd=text(kwargs["cwd"]) if kwargs.get("cwd") else env.get("KERNEL_WORKING_DIR"),
             submit=self.options.submit or ("api" if wrapped else "script"),
+            impersonate=policy.impersonation_enabled,
             parameters=parameters,
             port_range=policy.port_range,
             launcher_file=self.server.launcher_file,
@@ -254,11 +259,3 @@ def launcher_options(
 def text(value: Any) -> str:
     """Return text for text or its bytes."""
     return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _own_name() -> str:
-    """Return the name of the server's own user; not from the environment, as `getpass.getuser` does."""
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        return f"uid-{os.getuid()}"  # containers run as users without a name

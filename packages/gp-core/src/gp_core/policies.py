@@ -7,6 +7,7 @@ to the user, so its ``config`` can only narrow that policy.
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,6 +85,7 @@ class Policy:
         min_port_range_size: Fewest ports that a limited range may have.
         max_kernels_per_user: Kernels that one user may have at a time; None: no limit.
         launch_timeout_cap: Seconds that a client may make a start wait at most.
+        impersonation_enabled: Kernels run as their user, or not at all.
         client_parameters: Parameters that the operator opens to clients for every kernelspec.
     """
 
@@ -95,6 +97,7 @@ class Policy:
     min_port_range_size: int = 1000
     max_kernels_per_user: int | None = None
     launch_timeout_cap: float = 600.0
+    impersonation_enabled: bool = False
     client_parameters: Mapping[str, Parameter] = field(default_factory=dict, hash=False)
 
     @classmethod
@@ -287,6 +290,13 @@ def _seconds(key: str, value: object) -> float:
     return float(value)
 
 
+def _flag(key: str, value: object) -> bool:
+    flag = {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(flag, bool):
+        raise ConfigError(f"{key}: {value!r} is neither true nor false")
+    return flag
+
+
 def _in_both(ours: frozenset[str], theirs: frozenset[str]) -> frozenset[str]:
     return ours & theirs if ours and theirs else ours | theirs  # an empty one means everybody
 
@@ -304,6 +314,7 @@ _RULES: dict[str, tuple[Callable[[str, object], Any], Callable[[Any, Any], Any]]
     "min_port_range_size": (_count, max),
     "max_kernels_per_user": (_count, _lower),
     "launch_timeout_cap": (_seconds, min),
+    "impersonation_enabled": (_flag, operator.or_),
 }
 """How to read each key, and how to narrow the operator's value by the kernelspec's."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pwd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,7 @@ class KernelServer(LoggingConfigurable):
         self.identity: Identity | None = None
         self.rendezvous: Rendezvous | None = None
         self.launcher_file = Path()
+        self.own_user = ""  #: name of the user that this process runs as
         self.port = 0
         self._opening: asyncio.Lock | None = None
         self.protocol1: Protocol1 | None = None
@@ -94,6 +96,7 @@ class KernelServer(LoggingConfigurable):
                 return
             self.identity = await runtime().blocking(Identity.load, data_folder())
             self.launcher_file = await runtime().blocking(_launcher_file, data_folder())
+            self.own_user = await runtime().blocking(own_user)  # a directory service may be slow
             made = Rendezvous(self.identity.context(), self._doorkeeper, self._hand_over)
             bound = self.bind_addresses()
             try:
@@ -237,6 +240,14 @@ class KernelServer(LoggingConfigurable):
     async def _farewell(self) -> None:
         """At the end of the process: forget kernels that a client has just shut down without telling (console)."""
         await asyncio.gather(*(kernel.farewell() for kernel in list(self.kernels.values())), return_exceptions=True)
+
+
+def own_user() -> str:
+    """Return the name of the server's own user; not from the environment, as `getpass.getuser` does."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return f"uid-{os.getuid()}"  # containers run as users without a name
 
 
 def _launcher_file(folder: Path) -> Path:

@@ -236,19 +236,28 @@ def private_folder(folder: Path) -> None:
         folder.chmod(0o700)
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Replace a file atomically and durably; mode 0600."""
+def write_private(path: Path, data: bytes, *, replace: bool = True) -> None:
+    """Write a file atomically and durably; mode 0600.
+
+    Args:
+        path: Of the file.
+        data: Its contents.
+        replace: Also if it exists; else the one that another process has just made stays.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")  # 0600 from the first byte
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
+        if replace:
+            os.replace(name, path)
+        else:
+            with contextlib.suppress(FileExistsError):
+                os.link(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # replaced
             os.unlink(name)
-        raise
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)

@@ -7,10 +7,14 @@ import stat
 import time
 
 _CHUNK = 4096  # POSIX: a pipe that polls as writable takes this much without blocking
+_LARGEST = 32 * 1024 * 1024  # bytes of a file; beyond, only the newest lines are kept
+_KEPT = 1024 * 1024
 
 
 class Log:
     """Writes to standard error or to a 0600 file and never blocks: what a stuck reader does not take is dropped.
+
+    A file that is appended to stays small, whoever opened it: a kernel may complain for weeks.
 
     Args:
         path: File to append to; empty: standard error.
@@ -21,6 +25,7 @@ class Log:
         self._fd = 2
         self._kernel_id = kernel_id
         self._dropped = 0
+        self._unchecked = 0  # bytes since the file's size was looked at
         if path:
             try:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
@@ -58,5 +63,27 @@ class Log:
     def _write(self, data: bytes) -> None:
         try:
             os.write(self._fd, data)
+            self._unchecked += len(data)
+            if self._unchecked > _KEPT:
+                self._unchecked = 0
+                self._cut()
         except OSError:
             pass  # the reader is gone or the disk is full: the kernel matters more than its log
+
+    def _cut(self) -> None:
+        import fcntl
+
+        found = os.fstat(self._fd)
+        appended = fcntl.fcntl(self._fd, fcntl.F_GETFL) & os.O_APPEND  # else a hole would take the place of what goes
+        if not (stat.S_ISREG(found.st_mode) and appended and found.st_size > _LARGEST):
+            return
+        newest = b""
+        try:
+            with open(f"/dev/fd/{self._fd}", "rb") as file:
+                file.seek(-_KEPT, os.SEEK_END)
+                newest = file.read(_KEPT).partition(b"\n")[2]
+        except OSError:
+            pass  # it may be written only, here
+        os.ftruncate(self._fd, 0)
+        note = b"[gp-launcher: older lines were dropped, %d bytes]\n" % (found.st_size - len(newest))
+        os.write(self._fd, note + newest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import socket
 import stat
@@ -17,7 +16,7 @@ from ..errors import GPError
 from ..options import ProvisionerOptions
 from ..plugins import plugins
 from ..policies import check_user, resolve_user
-from ..server import KernelServer
+from ..server import KernelServer, own_user
 from ..store import FileStore
 from .findings import bad, good
 
@@ -29,7 +28,7 @@ def user_findings(server: KernelServer, config: Config) -> list[Finding]:
     if server.user_source == "client":
         return [good("user", "taken from KERNEL_USERNAME of the start request: only for trusted callers")]
     try:
-        user = resolve_user(server.user_source, {}, os.environ, getpass.getuser())
+        user = resolve_user(server.user_source, {}, os.environ, own_user())
         check_user(ProvisionerOptions(config=config).operator_policy(), user)
     except GPError as error:
         return [bad("user", str(error), "change user_source, authorized_users or unauthorized_users")]
