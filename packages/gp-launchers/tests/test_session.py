@@ -241,7 +241,7 @@ def test_a_reconnect_stops_the_orphan_clock(launch, server):
 
 
 def test_linger_after_an_exit(launch, server):
-    running = launch("brief", "0.1", "5")
+    running = launch("brief", "1", "5")
     connection, _ = server.meet(linger=0.5)
     connection.next("listening")
     assert connection.next("exited")["code"] == 5
@@ -251,7 +251,7 @@ def test_linger_after_an_exit(launch, server):
 
 
 def test_no_linger_when_the_server_is_gone(launch, server):
-    running = launch("brief", "0.3", "5")
+    running = launch("brief", "1", "5")
     connection, _ = server.meet(linger=60)
     connection.next("listening")
     connection.next("exited")
@@ -270,7 +270,7 @@ def test_no_linger_when_the_server_went_first(launch, server):
 
 
 def test_no_linger_when_the_server_does_not_know_the_kernel(launch, server):
-    running = launch("brief", "0.3", "5")
+    running = launch("brief", "1", "5")
     connection, _ = server.meet(linger=60)
     connection.next("listening")
     connection.next("exited")
