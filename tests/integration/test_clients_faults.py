@@ -288,7 +288,8 @@ async def test_a_cut_line_loses_no_kernel_and_starts_no_second_one(
 ) -> None:
     """A partition of many times the silence after which both ends take the session for broken."""
     monkeypatch.setattr("gp_core.kernel.PING", 0.2)
-    monkeypatch.setattr("gp_core.rendezvous.SILENCE", 0.6)
+    monkeypatch.setattr("gp_core.kernel.RELAY_PING", 0.2)
+    monkeypatch.setattr("gp_core.rendezvous.SWEEP", 0.1)
     addresses, lines = KernelServer.addresses, []
 
     async def through() -> None:

@@ -51,6 +51,10 @@ class Known:
             protocol.Listening.read(message)
         self.messages.append(message)
 
+    def relayed(self, session: Session, kind: int, stream: int, payload: bytes) -> None: ...
+
+    def writable(self, session: Session) -> None: ...
+
     def disconnected(self, session: Session) -> None:
         self.lost += 1
 
@@ -311,7 +315,7 @@ async def test_silence_breaks_a_session(server: KernelServer, known: Known, monk
     dialing = launcher(server)
     await dialing.connect()
     await dialing.hello()
-    monkeypatch.setattr(rendezvous, "SILENCE", 0.05)
+    known.sessions[0].ping = 0.02
     await asyncio.sleep(0.1)
     assert server.rendezvous is not None
     runtime().loop.call_soon_threadsafe(server.rendezvous._sweep)

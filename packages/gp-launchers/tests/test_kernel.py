@@ -37,7 +37,8 @@ def test_start_in_every_detail(launch, server):
         "launcher": "0.1.0",
         "host": socket.gethostname(),
         "pid": running.pid,
-        "capabilities": ["restart", "signal"],
+        "capabilities": ["relay", "signal", "restart"],
+        "relay": {"id": None, "received": 0},
         "run": 1,
     }
     listening = connection.next("listening")
@@ -160,7 +161,7 @@ def test_restart_in_place(launch, server, tmp_path):
 
 
 def test_restart_after_an_exit_keeps_the_ports(launch, server):
-    running = launch("brief", "0.3", "7")  # deletes its connection file, as ipykernel does
+    running = launch("brief", "1", "7")  # deletes its connection file, as ipykernel does
     connection, _ = server.meet()
     ports = connection.next("listening")["ports"]
     assert connection.next("exited")["code"] == 7
@@ -395,7 +396,9 @@ def test_children_of_a_dead_kernel_end_with_the_launcher(launch, server):
     running = launch("child")
     connection, _ = server.meet()
     kernel = connection.next("listening")["pid"]
-    child = int((launch.folder / "out-0.child").read_text())
+    told = launch.folder / "out-0.child"
+    eventually(lambda: told.exists() and told.read_text())
+    child = int(told.read_text())
     os.kill(kernel, signal.SIGKILL)
     connection.next("exited")
     assert alive(child)  # a user's background process may outlive a crash, as it does locally
@@ -471,7 +474,7 @@ def test_attach(launch, server, tmp_path):
         command = [*launch.command(None), "--attach", str(caller.pid), "--connection-file", str(file)]
         running = launch(command=command)
         connection, hello = server.meet()
-        assert hello["capabilities"] == ["signal"]
+        assert hello["capabilities"] == ["relay", "signal"]
         eventually(file.exists)
         assert os.stat(file).st_mode & 0o777 == 0o600
         env = {**os.environ, "KERNEL_OUT": str(running.out_path)}

@@ -162,7 +162,7 @@ def test_private_files(tmp_path):
     old = os.umask(0)
     try:
         folder = files.create_folder(str(tmp_path / "a" / "b"), "k/../1 x", {})
-        path = folder.file("connection.json")
+        path = os.path.join(folder.path, "connection.json")
         files.write_private(path, "text")
     finally:
         os.umask(old)
@@ -219,7 +219,7 @@ def test_a_runtime_folder_owned_by_another_user_is_refused(tmp_path):
 def test_folders_of_killed_launchers_are_swept(tmp_path):
     alive = files.create_folder(str(tmp_path), "alive", {})
     dead = files.create_folder(str(tmp_path), "dead", {})
-    files.write_private(dead.file("connection.json"), "key")
+    files.write_private(os.path.join(dead.path, "connection.json"), "key")
     new = files.create_folder(str(tmp_path), "new", {})
     for folder in (dead, new):
         os.close(folder._descriptor)  # as the system does for a process that is killed

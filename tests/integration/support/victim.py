@@ -20,8 +20,8 @@ from gp_core.local import LocalBackend
 from gp_core.plugins import Plugins
 from gp_core.server import kernel_server
 
-kernel.PING = 0.2
-rendezvous.SILENCE = 0.6
+kernel.PING = kernel.RELAY_PING = 0.2
+rendezvous.SWEEP = 0.1
 
 
 def say(**what: Any) -> None:

@@ -50,6 +50,15 @@ NO_CONNECTION_FILE = Reason(
 TLS_UNSUPPORTED = Reason(
     "TlsUnsupported", "The far side's Python has no TLS 1.3: use a Python built with OpenSSL 1.1.1 or newer."
 )
+ENDPOINT_TAKEN = Reason(
+    "EndpointTaken", "Another program has that port or path of this machine: end it, or let gp choose (port 0)."
+)
+TOO_MANY_FILES = Reason(
+    "TooManyFiles", "This server has too many open files: raise its limit (ulimit -n), or end kernels and clients."
+)
+LAUNCHER_TOO_OLD = Reason(
+    "LauncherTooOld", 'Update gp-launchers over there, or put "channels": "direct" into the config of the kernelspec.'
+)
 DENIED = Reason("Denied", "Ask the operator of this server; authorized_users and limits are policy.")
 REFUSED_BY_HOOK = Reason("RefusedByPlugin", "A plugin refused this launch; its message above says why.")
 CANCELLED = Reason("Cancelled", "The start was cancelled before the kernel listened; nothing was left running.")

@@ -23,6 +23,7 @@ from .errors import (
     CANCELLED,
     LAUNCH_TIMEOUT,
     LAUNCHER_DIED,
+    LAUNCHER_TOO_OLD,
     BackendError,
     ConfigError,
     LaunchTimeout,
@@ -33,6 +34,8 @@ from .events import Announcer, Event, KernelEvent
 from .plugins import plugins
 from .ports import PortRange
 from .protocol import Hello, Message
+from .relay import PING as RELAY_PING
+from .relay import Relay
 from .rendezvous import PING, Session
 from .runtime import runtime
 from .server import KernelServer
@@ -54,7 +57,9 @@ class Plan:
 
     Args:
         request: For the backend; token and addresses are filled in at the launch.
-        connection: Connection file with ports and keys; a port of 0 is chosen by the launcher.
+        connection: Connection file of clients, with ports and keys; a port of 0 is chosen when the kernel starts.
+        far: Connection file over there if channels are relayed; None: the same, and the launcher chooses its ports.
+        blackout_buffer: Bytes of output that the launcher keeps while nobody takes it.
         timeout: Seconds of silence until a start is given up.
         confirm: What confirms a start: "listening", or "connected" (``startup_confirmation: "hello"``).
         older: What is demanded of a launcher of protocol 1; None for our own.
@@ -63,6 +68,8 @@ class Plan:
     request: LaunchRequest
     connection: dict[str, Any] = field(repr=False)  # holds the kernel's keys
     timeout: float
+    far: dict[str, Any] | None = field(default=None, repr=False)
+    blackout_buffer: int = 0
     confirm: Literal["listening", "connected"] = "listening"
     older: protocol1.Terms | None = None
 
@@ -93,6 +100,8 @@ class RemoteKernel:
         self.ended_at = 0.0  #: `time.monotonic` of its last end
         self.session: Session | None = None
         self.capabilities: frozenset[str] = frozenset()
+        self.relay: Relay | None = None  #: None if clients connect to the kernel's own ports
+        self._buffer = 0
         self._ended = asyncio.Event()
         self._connected, self._disconnected = asyncio.Event(), asyncio.Event()
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
@@ -132,6 +141,7 @@ class RemoteKernel:
         launching: asyncio.Task[Handle] | None = None
         started, timeout = time.monotonic(), plugins().timeout(self.info, "launch", plan.timeout)
         try:
+            await self._open_relay(plan)
             await self._save()
             extra = await plugins().before_launch(plan.request)
             request = self._complete(plan, token, extra)
@@ -158,7 +168,7 @@ class RemoteKernel:
         env = {**request.env, **extra}
         if plan.older is not None:
             return protocol1.with_environment(request, env)
-        bundle = json.dumps({"token": token, "connection": plan.connection, "env": env})
+        bundle = json.dumps({"token": token, "connection": plan.far or plan.connection, "env": env})
         if len(bundle) > MAX_BUNDLE:
             raise ConfigError(
                 f"kernel {request.kernel_id}: its environment has {len(bundle)} bytes; {MAX_BUNDLE} can be sent"
@@ -187,6 +197,7 @@ class RemoteKernel:
         timeout = plugins().timeout(self.info, "launch", plan.timeout)
         message = protocol.restart(self.record.run, env=request.env, argv=request.argv, cwd=request.cwd)
         try:
+            await self._open_relay(plan)
             await self._save()
             self._restart = message
             self._send(message)
@@ -211,6 +222,14 @@ class RemoteKernel:
         if info["ip"] in ("0.0.0.0", "::"):
             info["ip"] = self.record.host or "127.0.0.1"
         return info
+
+    async def _open_relay(self, plan: Plan) -> None:
+        """Open the client's endpoints; they stay for the kernel's life, whatever becomes of its launchers."""
+        if plan.far is not None:
+            self.relay = self.relay or Relay(self.info.kernel_id, plan.connection)
+            await self.relay.open()
+            self.record.connection |= self.relay.endpoint
+            self._buffer = plan.blackout_buffer
 
     def _begin_start(self) -> None:
         self._starting = True
@@ -293,6 +312,14 @@ class RemoteKernel:
             self.session.close("replaced by a newer session of the same launcher")
         if hello.ports is not None:
             self._take_ports(hello.ports)
+        carried, session.ping = None, PING
+        if self.relay is not None:
+            if "relay" not in hello.capabilities:
+                text = f"its launcher ({hello.launcher}) cannot carry channels"
+                self._report(Report("exited", reason=LAUNCHER_TOO_OLD, detail=text))
+                raise ProtocolError(text)
+            carried = self.relay.connected(session, hello.relay, self._buffer)
+            session.ping = RELAY_PING
         if not again:
             self.record.secret = protocol.digest(hello.secret)
             self._save_soon()
@@ -306,13 +333,26 @@ class RemoteKernel:
         if self._restart is not None and hello.run < self.record.run:
             restart = self._restart
             asyncio.get_running_loop().call_soon(self._send, restart)  # after the answer
-        return protocol.accepted(orphan_timeout=self.record.orphan_timeout, linger=LINGER, ping=PING)
+        lease = self.record.orphan_timeout
+        return protocol.accepted(orphan_timeout=lease, linger=LINGER, ping=session.ping, relay=carried)
+
+    def relayed(self, session: Session, kind: int, stream: int, payload: bytes) -> None:
+        if self.relay is not None and session is self.session:
+            self.relay.receive(kind, stream, payload)
+
+    def writable(self, session: Session) -> None:
+        if self.relay is not None and session is self.session:
+            self.relay.writable()
 
     def received(self, session: Session, message: Message) -> None:
         kind = message["type"]
-        if session is not self.session or kind not in ("listening", "exited"):
+        if session is not self.session or kind not in ("listening", "exited", "dropped"):
             return
-        if kind == "listening":
+        if kind == "dropped":
+            dropped = protocol.Dropped.read(message)
+            text = f"{dropped.messages} messages ({dropped.size} bytes): nobody took them, and blackout_buffer was full"
+            self._tell(Event.DROPPED, text, data={"messages": dropped.messages, "bytes": dropped.size})
+        elif kind == "listening":
             listening = protocol.Listening.read(message)
             if listening.run == self.record.run:
                 self._take_ports(listening.ports)
@@ -327,6 +367,8 @@ class RemoteKernel:
         if session is not self.session:
             return
         self.session = None
+        if self.relay is not None:
+            self.relay.disconnected()
         self._connected.clear()
         self._disconnected.set()
         if self._removed:
@@ -339,6 +381,8 @@ class RemoteKernel:
             self._reports.put_nowait(report)
 
     def _take_ports(self, ports: Mapping[str, int]) -> None:
+        if self.relay is not None:
+            return  # the launcher's own business
         allowed = PortRange.parse(self.record.port_range)
         for name, port in ports.items():
             if self.record.connection["transport"] == "tcp" and port not in allowed:
@@ -371,6 +415,8 @@ class RemoteKernel:
                 return
 
     def _job_is_gone(self, status: Status) -> None:
+        if self.relay is not None:
+            self.relay.renew()
         if self.exit_code is not None:  # a launcher that is told to end tells of its kernel, and knows no reason
             if status.detail:
                 self._tell(Event.GONE, status.detail, data={"reason": status.reason.code if status.reason else None})
@@ -428,7 +474,11 @@ class RemoteKernel:
         if self.exit_code is None:
             self.exit_code = -int(signals.SIGKILL)
             self._ended.set()
+        if self.relay is not None:
+            self.relay.renew()
         if forget:
+            if self.relay is not None:
+                self.relay.close()
             try:
                 await self._records.remove(self.info.kernel_id)
             except StoreError as error:

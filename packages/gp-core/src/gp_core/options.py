@@ -93,6 +93,23 @@ class ProvisionerOptions(LoggingConfigurable):
         ),
         "GP_ORPHAN_TIMEOUT",
     )
+    channels = from_env(
+        CaselessStrEnum(
+            ["relay", "direct"],
+            "direct",
+            help="How clients reach a kernel: through its launcher's connection, or by its own ports.",
+        ),
+        "GP_CHANNELS",
+    )
+    kernel_transport = CaselessStrEnum(
+        ["auto", "ipc", "tcp"],
+        "auto",
+        help="What a relayed kernel binds over there: tcp, or ipc in a private folder; auto: ipc for ipykernel.",
+    ).tag(config=True)
+    blackout_buffer = from_env(
+        Int(64 * 1024 * 1024, min=0, help="Bytes of output that the far side keeps while nobody takes it (relay)."),
+        "GP_BLACKOUT_BUFFER",
+    )
     startup_confirmation = CaselessStrEnum(
         ["listening", "hello"], "listening", help="What confirms a start: the kernel's sockets, or the launcher's call."
     ).tag(config=True)

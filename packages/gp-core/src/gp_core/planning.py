@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -130,9 +131,12 @@ class Planner:
             ),
         )
         fitting = {name: value for name, value in parameters.items() if name in self.backend.class_traits(config=True)}
+        connection = self._connection(old)
         plan = Plan(
             request=request,
-            connection=self._connection(old),
+            connection=connection,
+            far=self._far(connection, argv) if self._is_relayed else None,
+            blackout_buffer=self.options.blackout_buffer,
             timeout=timeout,
             confirm=self._confirmation,
             older=Terms(policy.port_range, self._encryption == "required") if self._is_older else None,
@@ -146,6 +150,10 @@ class Planner:
     @property
     def _is_older(self) -> bool:
         return bool(self.options.launcher_protocol == 1)
+
+    @property
+    def _is_relayed(self) -> bool:
+        return bool(self.options.channels == "relay") and not self._is_older  # those launchers carry nothing
 
     @property
     def orphan_timeout(self) -> float:
@@ -207,9 +215,11 @@ class Planner:
         return "" if policy == "disabled" else str(policy)
 
     def _connection(self, old: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the template of the kernel's connection file: what is 0 in it the launcher chooses."""
-        manager, here = self.manager, self.backend.runs_here and self.manager is not None
+        """Return the template of the connection file of clients: what is 0 in it is chosen at the start."""
+        manager, here = self.manager, (self._is_relayed or self.backend.runs_here) and self.manager is not None
         ip = manager.ip if here else self.backend.bind_address
+        if self._is_relayed and (not here or manager.transport == "tcp"):
+            ip = "127.0.0.1"
         if here and manager.transport == "ipc":
             # upstream's own default lies in the server's current folder, whoever may write there
             private = os.path.join(jupyter_runtime_dir(), f"kernel-{self.kernel_id}-ipc")
@@ -224,6 +234,15 @@ class Planner:
         for name in PORTS:
             info[name] = old.get(name) or (getattr(manager, name, 0) if here else 0)
         return info | self._curve_keys(old)
+
+    def _far(self, connection: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+        """Return the template of the connection file over there, if only its launcher connects to the kernel."""
+        can = self.options.kernel_transport
+        if can == "auto":
+            is_ipykernel = ("-m", "ipykernel_launcher") in itertools.pairwise(argv)
+            can = "ipc" if is_ipykernel and CURVE[0] not in connection else "tcp"
+        place = {"transport": "ipc", "ip": ""} if can == "ipc" else {"transport": "tcp", "ip": "127.0.0.1"}
+        return {**connection, **place, **dict.fromkeys(PORTS, 0)}
 
     def _curve_keys(self, old: Mapping[str, Any]) -> dict[str, str]:
         kept = old if CURVE[0] in old else {name: getattr(self.manager, name, None) for name in CURVE}

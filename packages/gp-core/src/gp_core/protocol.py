@@ -70,6 +70,7 @@ class Hello:
     capabilities: frozenset[str]
     speaks: bool  #: whether it knows our version of the protocol
     ports: dict[str, int] | None = None  #: chosen already, though the kernel may not listen yet
+    relay: tuple[str, int] | None = None  #: whose streams it remembers, and how many frames of theirs it has
 
     def __repr__(self) -> str:  # never the token or the secret
         return f"Hello(kernel_id={self.kernel_id!r}, launcher={self.launcher!r}, host={self.host!r}, pid={self.pid})"
@@ -86,6 +87,8 @@ class Hello:
         versions, capabilities = message.get("versions"), message.get("capabilities", [])
         if not isinstance(versions, list) or not isinstance(capabilities, list):
             raise ProtocolError("hello: versions and capabilities are not lists")
+        relay = message.get("relay")
+        resumes = isinstance(relay, dict) and relay.get("id") is not None
         return cls(
             kernel_id=_text(message, "kernel_id", 200),
             token=_text(message, "token", 200),
@@ -98,6 +101,7 @@ class Hello:
             capabilities=frozenset(item for item in capabilities[:50] if isinstance(item, str)),
             speaks=VERSION in versions,
             ports=_ports(message) if message.get("ports") is not None else None,
+            relay=(_text(relay, "id", 64), _number(relay, "received")) if relay and resumes else None,
         )
 
 
@@ -147,12 +151,30 @@ class Exited:
         )
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """Output that nobody took in time, since the launcher began."""
+
+    messages: int
+    size: int
+
+    @classmethod
+    def read(cls, message: Mapping[str, Any]) -> Dropped:
+        """Check a message.
+
+        Raises:
+            ProtocolError: No numbers.
+        """
+        return cls(_number(message, "messages"), _number(message, "bytes"))
+
+
 Message = dict[str, Any]
 
 
-def accepted(*, orphan_timeout: float, linger: float, ping: float) -> Message:
+def accepted(*, orphan_timeout: float, linger: float, ping: float, relay: Message | None = None) -> Message:
     """The launcher is who it says; times in seconds."""
-    return {"type": "accepted", "version": VERSION, "orphan_timeout": orphan_timeout, "linger": linger, "ping": ping}
+    times = {"orphan_timeout": orphan_timeout, "linger": linger, "ping": ping}
+    return {"type": "accepted", "version": VERSION, **times, "relay": relay}
 
 
 def refused(reason: str, text: str, *, final: bool) -> Message:

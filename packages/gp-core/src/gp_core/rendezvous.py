@@ -13,6 +13,7 @@ import logging
 import resource
 import socket
 import ssl
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -26,7 +27,10 @@ log = logging.getLogger(__name__)
 
 HELLO_DEADLINE = 10.0  # seconds for handshake and hello together
 PING = 30.0  # seconds of silence after which a launcher pings
-SILENCE = 75.0  # seconds of silence after which a session is taken for broken
+SILENT_PINGS = 2.5  # pings that may be missing until a session is taken for broken
+SWEEP = 2.5  # seconds between two looks for such sessions
+NOT_SENT = 128 * 1024  # bytes that the system may hold back: what is urgent waits behind them
+TCP_NOTSENT_LOWAT = 25  # Linux; `socket` has it from Python 3.12 on
 MAX_UNSENT = 4 * MAX_FRAME  # bytes that a launcher may leave unread
 TLS_HANDSHAKE = 0x16  # first byte of every TLS connection
 
@@ -43,6 +47,16 @@ class Kernel(Protocol):
         Raises:
             ProtocolError: It is not to be believed; the session is closed.
         """
+
+    def relayed(self, session: Session, kind: int, stream: int, payload: bytes) -> None:
+        """A frame of the kernel's channels came.
+
+        Raises:
+            WireError: The launcher breaks the rules; the session is closed.
+        """
+
+    def writable(self, session: Session) -> None:
+        """What was queued in the session has been sent."""
 
     def disconnected(self, session: Session) -> None:
         """The session broke; says nothing about the kernel."""
@@ -65,6 +79,7 @@ class Session(asyncio.Protocol):
         "_tls",
         "heard",
         "kernel",
+        "ping",
         "transport",
     )
 
@@ -76,6 +91,12 @@ class Session(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.kernel: Kernel | None = None  #: None while it is a stranger
         self.heard = 0.0
+        self.ping = PING  #: seconds of silence after which its launcher pings
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait to be sent."""
+        return self.transport.get_write_buffer_size() if self.transport is not None else 0
 
     @property
     def address(self) -> str:
@@ -85,9 +106,13 @@ class Session(asyncio.Protocol):
 
     def send(self, message: Message) -> None:
         """Send a message; a closed session takes it silently, because its loss is told otherwise."""
+        self.send_frames(pack_message(message))
+
+    def send_frames(self, frames: bytes) -> None:
+        """Send whole frames, likewise."""
         if self._tls is None or self.transport is None or self.transport.is_closing():
             return
-        self._tls.write(pack_message(message))
+        self._tls.write(frames)
         self._flush()
 
     def accept(self, kernel: Kernel, hello: Hello) -> None:
@@ -110,7 +135,10 @@ class Session(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         with contextlib.suppress(OSError):
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            made = transport.get_extra_info("socket")
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if sys.platform == "linux":
+                made.setsockopt(socket.IPPROTO_TCP, TCP_NOTSENT_LOWAT, NOT_SENT)
         self._rendezvous.stranger_came(self)
 
     def data_received(self, data: bytes) -> None:
@@ -124,6 +152,10 @@ class Session(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         return False  # a launcher that half closes is gone
+
+    def resume_writing(self) -> None:
+        if self.kernel is not None:
+            self.kernel.writable(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._rendezvous.session_ended(self)
@@ -172,6 +204,8 @@ class Session(asyncio.Protocol):
         for kind, stream, payload in self._decoder.feed(data):
             if kind == MESSAGE and stream == 0:
                 self._message(unpack_message(payload))
+            elif kind != MESSAGE and self.kernel is not None:
+                self.kernel.relayed(self, kind, stream, payload)
 
     def _message(self, message: Message) -> None:
         if self.kernel is None:
@@ -227,7 +261,7 @@ class Rendezvous:
             except OSError as error:
                 problem = error
                 continue
-            self.loop.call_later(SILENCE / 5, self._sweep)
+            self.loop.call_later(SWEEP, self._sweep)
             return bound
         raise ConfigError(
             f"no launcher can call back: ports {port} to {port + retries} on {', '.join(hosts)} cannot be bound "
@@ -292,16 +326,16 @@ class Rendezvous:
         self.sessions.add(session)
         try:
             session.accept(found, hello)
-        except ProtocolError as error:
+        except (ProtocolError, WireError) as error:
             session.close(f"kernel {hello.kernel_id}: {error}")
 
     def _sweep(self) -> None:
         now = self.loop.time()
-        for session in [session for session in self.sessions if now - session.heard > SILENCE]:
+        for session in [one for one in self.sessions if now - one.heard > SILENT_PINGS * one.ping]:
             assert session.transport is not None
             log.info("launcher session of %s is silent: closed", session.address)
             session.transport.abort()
-        self.loop.call_later(SILENCE / 5, self._sweep)
+        self.loop.call_later(SWEEP, self._sweep)
 
 
 def _raise_file_limit() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jupyter_core.paths import jupyter_data_dir
-from traitlets import Bool, CaselessStrEnum, Int, List, Unicode
+from traitlets import Bool, Int, List, Unicode
 from traitlets.config import Config, LoggingConfigurable
 
 from gp_launchers import bundle
@@ -69,10 +69,6 @@ class KernelServer(LoggingConfigurable):
             "os", help='Who the user is: "os", "env:NAME", or "client" (KERNEL_USERNAME; only for trusted callers).'
         ),
         "GP_USER_SOURCE",
-    )
-    channels = from_env(
-        CaselessStrEnum(["direct"], default_value="direct", help="How clients reach a kernel's channels."),
-        "GP_CHANNELS",
     )
 
     def __init__(self, config: Config | None = None, store: Store | None = None) -> None:

@@ -24,10 +24,6 @@ class KernelFolder:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         lock(self._descriptor)
 
-    def file(self, name: str) -> str:
-        """Return the path of a file in it."""
-        return os.path.join(self.path, name)
-
     def remove(self) -> None:
         """Delete it with all that is in it, and whatever launchers that were killed left beside it."""
         from . import cleanup

@@ -52,11 +52,10 @@ class Launch:
         Raises:
             StartError: It cannot be started.
         """
-        if self._folder is None:
-            self._folder = files.create_folder(self.options.runtime_dir, self.options.kernel_id, os.environ)
+        folder = self.private_folder()
         if self.ports is not None:
             self.ports.hold()
-        path = self._folder.file("connection.json")
+        path = os.path.join(folder, "connection.json")
         ports = self.write_connection_file(path)  # before every start: ipykernel deletes it when it ends
         if not hold:
             ports.release()
@@ -64,12 +63,22 @@ class Launch:
         if self.options.spark_context_initialization_mode != "none" or self.options.kernel_class_name:
             from .spark import adapt
 
-            argv = adapt(argv, self.options, self._folder.path, self.log)
+            argv = adapt(argv, self.options, folder, self.log)
         env = kernel_environment(os.environ, self.env, self.options.kernel_id)
         try:
             return process.start(argv, env, kernel_folder(self.cwd, env, self.log))
         except OSError as error:
             raise StartError("CommandNotFound", f"cannot start a process: {error.strerror}") from None
+
+    def private_folder(self) -> str:
+        """Return the path of the folder that only this user can enter; made by the first start.
+
+        Raises:
+            StartError: NoSpace or NoConnectionFile.
+        """
+        if self._folder is None:
+            self._folder = files.create_folder(self.options.runtime_dir, self.options.kernel_id, os.environ)
+        return self._folder.path
 
     def write_connection_file(self, path: str) -> Ports:
         """Choose the ports, unless that is done, and write the connection file.
@@ -81,7 +90,7 @@ class Launch:
             raise StartError("NoConnectionFile", "the launch secrets have no connection")
         if self.ports is None:
             self.ports = Ports(self._connection, self.options.port_range, os.path.dirname(path))
-        files.write_private(path, dump_flat({**self._connection, "ip": self.ports.ip, **self.ports.numbers}))
+        files.write_private(path, dump_flat({**self._connection, **self.ports.chosen()}))
         return self.ports
 
     def remove_files(self) -> None:

@@ -24,7 +24,7 @@ class Ports:
     Args:
         connection: Template of the connection file: `transport`, `ip` and the five ports, 0 = any.
         port_range: `(low, high)`, `(0, 0)` = any.
-        folder: Where socket paths go if the template names no prefix.
+        folder: Where socket paths go if the template names no prefix; if it is too long for them, tcp is used.
 
     Raises:
         StartError: NoPort.
@@ -32,7 +32,10 @@ class Ports:
 
     def __init__(self, connection: Mapping[str, Any], port_range: tuple[int, int], folder: str) -> None:
         self.ipc = connection.get("transport") == "ipc"
-        self.ip = str(connection.get("ip") or (os.path.join(folder, "ipc") if self.ipc else "127.0.0.1"))
+        given = connection.get("ip")
+        if self.ipc and not given and len(os.fsencode(folder)) + len("/ipc-1000") > _PATH_MAX:
+            self.ipc = False  # nobody named a path, so nobody minds
+        self.ip = str(given or (os.path.join(folder, "ipc") if self.ipc else "127.0.0.1"))
         self.numbers: dict[str, int] = {}
         self._held: list[_socket.socket] = []
         wanted = {name: _number(connection.get(name)) for name in NAMES}
@@ -133,6 +136,10 @@ class Ports:
                     raise StartError("NoPort", f"no free socket path {self.ip}-N")
                 choice = number
             self.numbers[name] = choice
+
+    def chosen(self) -> dict[str, Any]:
+        """Return what was chosen, as a connection file has it."""
+        return {"transport": "ipc" if self.ipc else "tcp", "ip": self.ip, **self.numbers}
 
     def path(self, number: int) -> str:
         """Return the socket path that a number stands for."""

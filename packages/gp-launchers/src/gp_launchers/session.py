@@ -7,6 +7,7 @@ import hashlib
 import os
 import socket
 import ssl
+import sys
 import time
 
 from . import wire
@@ -24,10 +25,15 @@ if TYPE_CHECKING:
         def on_frame(self, session: Session, kind: int, stream: int, payload: bytes) -> None:
             """A frame has come."""
 
+        def on_sent(self, session: Session) -> None:
+            """What was queued is with the system now, or most of it."""
+
         def on_closed(self, session: Session, why: str, refused: bool) -> None:
             """The session is over; ``refused``: there is no server of ours at this address."""
 
 
+NOT_SENT = 128 * 1024  # bytes that the system may hold back: what is urgent waits behind them
+_TCP_NOTSENT_LOWAT = 25  # Linux; `socket` has it from Python 3.12 on
 DEADLINE = 10.0  # seconds for connect and handshake, and again for the server's answer to `hello`
 
 
@@ -99,6 +105,8 @@ class Session:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # unacknowledged data: the path is dead, whatever TCP hopes
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30000)
+            if sys.platform == "linux":
+                self._socket.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOT_SENT)
             code = self._socket.connect_ex(target)
         except OSError as error:
             self._fail(error)
@@ -122,13 +130,18 @@ class Session:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message on stream 0."""
-        self.send_frame(wire.MESSAGE, 0, wire.pack_message(message)[wire.HEADER.size :])
+        self.send_frames(wire.pack_message(message))
 
-    def send_frame(self, kind: int, stream: int, payload: bytes) -> None:
-        """Send a frame of any type."""
+    def send_frames(self, frames: bytes) -> None:
+        """Send whole frames of any type."""
         if self._tls is not None:
-            self._out += wire.pack(kind, stream, payload)
+            self._out += frames
             self._write()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that are queued here."""
+        return len(self._out)
 
     def close(self, why: str, refused: bool = False) -> None:
         """End the connection and tell the listener; safe to repeat."""
@@ -215,6 +228,7 @@ class Session:
     def _ready(self, events: int) -> None:
         if events & WRITE:
             self._write()
+            self._listener.on_sent(self)
         if events & READ and self._tls is not None:
             self._read()
 

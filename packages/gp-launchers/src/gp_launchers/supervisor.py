@@ -13,12 +13,13 @@ from .attached import Attached
 from .dialer import Dialer
 from .kernel import Kernel
 from .loop import READ, Loop
+from .relay import Relay
 from .secrets_input import environment_is_valid
 from .session import Session, TlsUnsupported, make_context
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Dict
+    from typing import Any, Callable, Dict
 
     Message = Dict[str, Any]
 
@@ -68,6 +69,7 @@ class Supervisor:
         self._log = log
         self._loop = Loop()
         self._dialer = Dialer(self._loop, options.response_address, self._connect, self._nobody_there, log)
+        self._relay = Relay(self._loop, self._accepted_session, kernel.launch.private_folder, log)
         self._orphan_timeout = options.orphan_timeout
         self._linger = LINGER
         self._orphaned: Timer | None = None
@@ -133,6 +135,8 @@ class Supervisor:
             return
         if self._kernel.is_listening():
             self._log("run %d: listening", self._kernel.run)
+            assert self._kernel.launch.ports is not None
+            self._relay.kernel_listens(self._kernel.launch.ports)
             self._report()
             return
         age = time.monotonic() - self._started_at
@@ -178,6 +182,7 @@ class Supervisor:
 
     def _kernel_exited(self) -> None:
         assert self._kernel.exit is not None
+        self._relay.kernel_ended()
         if isinstance(self._kernel, Kernel):
             if self._restart is not None:
                 self._start_again(self._kernel, self._restart)
@@ -194,7 +199,7 @@ class Supervisor:
 
     def _wait_for_word(self) -> None:
         """After the kernel's end: `restart` or `shutdown` may come; what cannot restart has only to be told."""
-        if self._stopping or (not self._kernel.can_restart and self._is_accepted()):
+        if self._stopping or (not self._kernel.can_restart and self._accepted_session()):
             self._end()
         else:
             self._loop.cancel(self._lingering)
@@ -243,6 +248,8 @@ class Supervisor:
 
     def _end(self) -> None:
         self._dialer.stop()
+        self._relay.pump(everything=True)
+        self._relay.close()
         if self._dialer.session is not None:
             self._dialer.session.finish(GOODBYE)
         code = self._exit_code
@@ -263,18 +270,21 @@ class Supervisor:
             "python": "{}.{}.{}".format(*sys.version_info),
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "capabilities": ["restart", "signal"] if self._kernel.can_restart else ["signal"],
+            "capabilities": ["relay", "signal", *(["restart"] if self._kernel.can_restart else [])],
+            "relay": self._relay.hello(),
             "run": self._kernel.run,
             "ports": self._kernel.launch.ports.numbers if self._kernel.launch.ports is not None else None,
         }
         return Session(self._loop, self._context, address, self._options.public_key, hello, self)
 
-    def _is_accepted(self) -> bool:
-        return self._dialer.session is not None and self._dialer.session.accepted
+    def _accepted_session(self) -> Session | None:
+        session = self._dialer.session
+        return session if session is not None and session.accepted else None
 
     def _send(self, message: Message) -> None:
-        if self._dialer.session is not None and self._dialer.session.accepted:
-            self._dialer.session.send(message)
+        session = self._accepted_session()
+        if session is not None:
+            session.send(message)
 
     def _report(self) -> None:
         """Say how the current run is doing; repeated in every new session, so that a lost one loses nothing."""
@@ -297,8 +307,12 @@ class Supervisor:
             )
 
     def on_frame(self, session: Session, kind: int, stream: int, payload: bytes) -> None:
-        """Take a frame; those of types that are not known yet are ignored."""
-        if kind != wire.MESSAGE or stream != 0:
+        """Take a frame; messages of types that are not known yet are ignored."""
+        if kind != wire.MESSAGE:
+            if session is self._accepted_session():
+                self._relay_or_close(session, lambda: self._relay.streams.receive(kind, stream, payload))
+            return
+        if stream != 0:
             return
         message = wire.unpack_message(payload)
         known = session.accepted or message["type"] in ("accepted", "refused", "ping")
@@ -308,6 +322,20 @@ class Supervisor:
                 handler(message)
             except Exception as error:  # whatever a message does to us, the user's kernel is worth more
                 self._log("%s cannot be handled: %s: %s", message["type"], type(error).__name__, error)
+
+    def _relay_or_close(self, session: Session, act: Callable[[], object]) -> bool:
+        try:
+            act()
+            return True
+        except wire.WireError as error:
+            self._relay.forget()
+            session.close(f"the channels are broken: {error}")
+            return False
+
+    def on_sent(self, session: Session) -> None:
+        """Send more of the kernel's channels."""
+        if session is self._accepted_session():
+            self._relay.pump()
 
     def on_closed(self, session: Session, why: str, refused: bool) -> None:
         """Dial again; from now on the kernel is an orphan."""
@@ -337,6 +365,9 @@ class Supervisor:
         self._linger = _number(message, "linger", self._linger)
         self._loop.cancel(self._orphaned)
         session.accept(max(0.05, _number(message, "ping", PING)))
+        if not self._relay_or_close(session, lambda: self._relay.accepted(message.get("relay"))):
+            return
+        self._relay.report()
         self._loop.cancel(self._steady)
         self._steady = self._loop.after(STEADY, self._dialer.reset)
         self._report()

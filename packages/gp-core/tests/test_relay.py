@@ -1,0 +1,309 @@
+"""Channels through the launcher's session, with real launchers and kernels that echo."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jupyter_client import AsyncKernelManager
+
+from gp_core import kernel as kernel_module
+from gp_core import relay as relay_module
+from gp_core.errors import LaunchFailed
+from gp_core.relay import peer_uid
+from gp_core.runtime import runtime
+
+from .conftest import ask, launchers, until
+from .test_provisioner import PORT_NAMES, lost, remote
+
+Make = Callable[..., AsyncKernelManager]
+
+ECHO = """
+import json, os, socket, sys, threading
+info = json.load(open(sys.argv[1]))
+
+def serve(name, peer):
+    if name == "iopub_port":
+        peer.sendall(("%d\\n" % os.getpid()).encode())
+    while True:
+        try:
+            data = peer.recv(65536)
+            if data.startswith(b"keep:"):
+                open(data[5:].decode(), "w").close()
+            if data == b"die":
+                peer.sendall(b"w" * 300000)
+                os._exit(3)
+            peer.sendall(data)
+        except OSError:
+            return
+        if not data:
+            return
+
+def accept(name, listener):
+    while True:
+        threading.Thread(target=serve, args=(name, listener.accept()[0])).start()
+
+for name in ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port"):
+    if info["transport"] == "ipc":
+        s = socket.socket(socket.AF_UNIX)
+        s.bind("%s-%d" % (info["ip"], info[name]))
+    else:
+        s = socket.socket()
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind((info["ip"], info[name]))
+    s.listen(50)
+    threading.Thread(target=accept, args=(name, s)).start()
+"""
+
+
+@pytest.fixture(autouse=True)
+def relayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GP_CHANNELS", "relay")
+
+
+@pytest.fixture
+async def echo(manager: Make) -> AsyncIterator[AsyncKernelManager]:
+    """A kernel that sends back what it gets on each channel, and its pid first on iopub."""
+    km = manager("python3", "-c", ECHO, "{connection_file}")
+    await km.start_kernel()
+    yield km
+    await km.shutdown_kernel(now=True)
+
+
+async def connect(
+    km: AsyncKernelManager, port: str = "shell_port"
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection(km.ip, getattr(km, port), limit=1 << 24)
+
+
+async def pid_of(km: AsyncKernelManager) -> int:
+    """Connect to iopub until a kernel answers."""
+    while True:
+        reader, writer = await connect(km, "iopub_port")
+        told = await asyncio.wait_for(reader.readline(), 10)
+        writer.close()
+        if told:  # else it was one that has just died, and a client connects again
+            return int(told)
+
+
+async def test_clients_get_endpoints_of_this_machine_and_the_kernel_has_others(
+    started: AsyncKernelManager, installation: Path
+) -> None:
+    info = started.get_connection_info()
+    assert (info["transport"], info["ip"]) == ("tcp", "127.0.0.1")
+    seen = ask(started)
+    told = next(word for word in seen["cmdlines"] if "tiny_kernel" in word and f"{started.kernel_id}-" in word)
+    there = Path(next(word for word in told.split() if word.endswith("connection.json"))).read_text()
+    assert not any(f'"{name}":{info[name]}' in there.replace(" ", "") for name in PORT_NAMES)
+    assert info["key"].decode() in there
+
+
+async def test_every_byte_arrives_whatever_happens_to_the_connection(
+    echo: AsyncKernelManager,
+) -> None:
+    rng = random.Random(4)
+    data = rng.randbytes(6_000_000)
+    reader, writer = await connect(echo)
+
+    async def send() -> None:
+        for start in range(0, len(data), 50_000):
+            writer.write(data[start : start + 50_000])
+            await writer.drain()
+            await asyncio.sleep(0.005)
+
+    async def cut() -> None:
+        for _ in range(12):
+            await asyncio.sleep(rng.uniform(0.01, 0.15))
+            if remote(echo).session is not None:
+                lost(echo)
+
+    sending, cutting = asyncio.ensure_future(send()), asyncio.ensure_future(cut())
+    assert await asyncio.wait_for(reader.readexactly(len(data)), 60) == data
+    await asyncio.gather(sending, cutting)
+    writer.close()
+    assert await echo.is_alive()
+    held = remote(echo).relay
+    assert held is not None
+    assert held.resumes >= 2
+
+
+async def test_a_slow_reader_delays_nobody_and_fills_nothing(echo: AsyncKernelManager) -> None:
+    writers = []
+    for _ in range(5):
+        reader, writer = await asyncio.open_connection(echo.ip, echo.shell_port, limit=1000)
+        writer.transport.set_write_buffer_limits(0)
+        for _ in range(40):
+            writer.write(b"x" * 1_000_000)
+        reader._transport.pause_reading()
+        writers.append(writer)
+    await asyncio.sleep(0.5)
+    held = remote(echo).relay
+    assert held is not None
+    assert sum(stream.queued for stream in held.streams._streams.values()) < 5 * 400_000
+    reader, writer = await connect(echo, "control_port")
+    writer.write(b"interrupt\n")
+    assert await asyncio.wait_for(reader.readline(), 2) == b"interrupt\n"
+    for used in (*writers, writer):
+        used.transport.abort()
+
+
+async def test_endpoints_stay_over_restarts_and_new_connections_wait_for_the_new_kernel(
+    echo: AsyncKernelManager,
+) -> None:
+    info, first = echo.get_connection_info(), await pid_of(echo)
+    for now in (True, False):
+        reader, writer = await connect(echo)
+        writer.write(b"old\n")
+        assert await asyncio.wait_for(reader.readline(), 10) == b"old\n"
+        restarting = asyncio.ensure_future(echo.restart_kernel(now=now))
+        assert await asyncio.wait_for(reader.read(), 10) == b"", "the old kernel's connection is closed"
+        writer.close()
+        second = await pid_of(echo)  # held until the new one listens
+        await restarting
+        assert second != first
+        assert echo.get_connection_info() == info
+        first = second
+
+
+async def test_a_launcher_that_is_gone_is_replaced_behind_the_same_endpoints(echo: AsyncKernelManager) -> None:
+    info, first = echo.get_connection_info(), await pid_of(echo)
+    reader, writer = await connect(echo)
+    launchers()[0].kill()
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+    await until(lambda: remote(echo).exit_code is not None)
+    await echo.restart_kernel(now=True)
+    assert echo.get_connection_info() == info
+    assert await pid_of(echo) != first
+
+
+async def test_a_request_of_a_client_that_leaves_at_once_arrives(echo: AsyncKernelManager, tmp_path: Path) -> None:
+    _, writer = await connect(echo)
+    lost(echo)
+    writer.write(f"keep:{tmp_path}/told".encode())
+    writer.close()
+    await until((tmp_path / "told").exists)
+
+
+async def test_the_last_words_of_a_kernel_arrive(manager: Make) -> None:
+    km = manager("python3", "-c", ECHO, "{connection_file}")
+    await km.start_kernel()
+    reader, writer = await connect(km)
+    writer.write(b"die")
+    assert await asyncio.wait_for(reader.read(), 10) == b"w" * 300_000
+    writer.close()
+    await until(lambda: remote(km).exit_code == 3)
+    await km.shutdown_kernel(now=True)
+
+
+async def test_a_server_that_forgot_closes_the_connections_and_serves_new_ones(echo: AsyncKernelManager) -> None:
+    reader, writer = await connect(echo)
+    writer.write(b"1\n")
+    assert await reader.readline() == b"1\n"
+    held = remote(echo).relay
+    assert held is not None
+    runtime().loop.call_soon_threadsafe(held.renew)  # as a new process: it knows nothing of the streams
+    lost(echo)
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+    assert await pid_of(echo)
+
+
+async def test_a_dead_path_is_noticed_and_resumed(echo: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = remote(echo).session
+    assert session is not None
+    reader, writer = await connect(echo)
+    session.ping = 0.05  # as if the launcher had been told so: it is silent for much longer
+    monkeypatch.setattr("gp_core.rendezvous.SWEEP", 0.05)
+    await until(lambda: remote(echo).session not in (None, session), 10)
+    writer.write(b"again\n")
+    assert await asyncio.wait_for(reader.readline(), 5) == b"again\n"
+    writer.close()
+
+
+async def test_users_of_other_accounts_are_refused(
+    echo: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(relay_module, "peer_uid", lambda peer, own: 12345)
+    reader, writer = await connect(echo, "iopub_port")
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
+    writer.close()
+    assert "a connection of user 12345 was refused" in caplog.text
+
+
+def test_the_user_of_a_connection_is_found() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as peer:
+        assert peer_uid(peer.getsockname(), server.getsockname()) == os.getuid()
+        assert peer_uid(("127.0.0.1", 1), server.getsockname()) == -1
+
+
+async def test_ipc_endpoints_are_private_and_come_back(manager: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = tempfile.mkdtemp(prefix="gp-")
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", short)
+    km = manager("python3", "-c", ECHO, "{connection_file}")
+    km.transport = "ipc"
+    await km.start_kernel()
+    paths = [Path(f"{km.ip}-{port}") for port in km.ports]
+    for _ in range(2):
+        assert all(path.is_socket() and path.stat().st_mode & 0o777 == 0o600 for path in paths)
+        reader, writer = await asyncio.open_unix_connection(paths[0])
+        writer.write(b"hello\n")
+        assert await asyncio.wait_for(reader.readline(), 5) == b"hello\n"
+        writer.close()
+        await km.restart_kernel(now=True)  # upstream unlinks the paths
+    await km.shutdown_kernel(now=True)
+    assert not any(path.exists() for path in paths)
+    shutil.rmtree(short)
+
+
+async def test_an_endpoint_that_is_taken_is_told(manager: Make) -> None:
+    km = manager()
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        km.shell_port = other.getsockname()[1]
+        with pytest.raises(LaunchFailed, match=r"its shell channel cannot listen.*EndpointTaken"):
+            await km.start_kernel()
+
+
+async def test_a_launcher_that_cannot_carry_channels_is_told(manager: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kernel_module.RemoteKernel.connected
+
+    def older(self: Any, session: Any, hello: Any) -> Any:
+        return real(self, session, type(hello)(**{**vars(hello), "capabilities": frozenset({"signal"})}))
+
+    monkeypatch.setattr(kernel_module.RemoteKernel, "connected", older)
+    with pytest.raises(LaunchFailed, match=r"cannot carry channels.*LauncherTooOld"):
+        await manager().start_kernel()
+
+
+async def test_too_many_connections_are_refused_and_the_others_live(
+    echo: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gp_launchers.streams.MAX_STREAMS", 4)  # the manager has one, of control
+    pairs = [await connect(echo) for _ in range(3)]
+    for _ in range(2):
+        for reader, writer in pairs:
+            writer.write(b"here\n")
+            assert await asyncio.wait_for(reader.readline(), 5) == b"here\n"
+        _, another = await connect(echo)
+        await until(lambda: "connections at most" in caplog.text)
+        another.close()
+    for _, writer in pairs:
+        writer.close()
+
+
+async def test_many_kernels_relayed_at_once(manager: Make) -> None:
+    managers = [manager("python3", "-c", ECHO, "{connection_file}") for _ in range(8)]
+    await asyncio.gather(*(km.start_kernel() for km in managers))
+    pids = await asyncio.gather(*(pid_of(km) for km in managers))
+    assert len(set(pids)) == len(managers)
+    await asyncio.gather(*(km.shutdown_kernel(now=True) for km in managers))
