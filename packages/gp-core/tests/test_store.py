@@ -1,7 +1,10 @@
+import dataclasses
 import json
 import logging
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -90,6 +93,76 @@ def test_an_owner_is_dead_when_its_process_is_or_the_number_belongs_to_another_o
     assert not Owner(me.host, me.pid, me.started - 100).is_alive()
     assert not Owner(me.host, max(psutil.pids()) + 10_000, me.started).is_alive()
     assert Owner("elsewhere.example", 1, 0.0).is_alive()
+
+
+def test_an_owner_that_nobody_reaps_is_dead() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        owner = Owner(Owner.me().host, process.pid, psutil.Process(process.pid).create_time())
+        assert owner.is_alive()
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE
+        assert not owner.is_alive()
+
+
+GONE = dataclasses.replace(Owner.me(), started=1.0)
+
+
+def test_the_lease_of_an_owner_that_is_gone_can_be_taken(store: FileStore) -> None:
+    me, elsewhere = Owner.me(), Owner("elsewhere.example", 1, 0.0)
+    assert store.take("k1", me) is None
+    assert not store.folder.exists()
+    for former, left in ((GONE, 5.0), (None, None)):
+        store.put(record(owner=former, left=left, secret="s"))
+        assert store.take("k1", me) == record(owner=me, secret="s")
+        assert store.get("k1") == record(owner=me, secret="s")
+    assert store.take("k1", elsewhere) == record(owner=me, secret="s")
+    assert [path.name for path in store.folder.iterdir()] == ["k1.json"]
+
+
+def test_a_lease_that_cannot_be_written_is_not_taken(store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(record(owner=GONE))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="No space left"):
+        store.take("k1", Owner.me())
+    assert store.get("k1") == record(owner=GONE)
+
+
+RIVAL = """
+import sys
+from pathlib import Path
+from gp_core.store import FileStore, Owner
+store, me = FileStore(Path(sys.argv[1])), Owner.me()
+print("ready", flush=True)
+input()
+print(*(name for name in sys.argv[2:] if store.take(name, me).owner == me), flush=True)
+input()
+"""
+
+
+def test_of_several_processes_exactly_one_gets_a_lease(store: FileStore) -> None:
+    names = [f"k{number}" for number in range(60)]
+    for name in names:
+        store.put(record(name, owner=GONE))
+    argv = [sys.executable, "-c", RIVAL, str(store.folder), *names]
+    rivals = [
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) for _ in range(4)
+    ]
+    try:
+        assert [rival.stdout.readline() for rival in rivals if rival.stdout] == ["ready\n"] * 4
+        for rival in rivals:
+            assert rival.stdin is not None
+            rival.stdin.write("go\n")
+        taken = [name for rival in rivals if rival.stdout for name in rival.stdout.readline().split()]
+        assert sorted(taken) == sorted(names)
+    finally:
+        for rival in rivals:
+            rival.kill()
+            rival.communicate()
 
 
 @given(

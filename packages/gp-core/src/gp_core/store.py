@@ -1,9 +1,10 @@
-"""The record of every kernel that this installation started: four methods, 0600 files in a 0700 folder by default."""
+"""The record of every kernel that this installation started: five methods, 0600 files in a 0700 folder by default."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import functools
 import json
 import logging
@@ -12,8 +13,8 @@ import re
 import socket
 import stat
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,12 +39,17 @@ class Owner:
     def me(cls) -> Owner:
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
 
+    def __str__(self) -> str:
+        return f"pid {self.pid} at {self.host}"
+
     def is_alive(self) -> bool:
         """Whether the owner still runs; the owner on another machine is believed to."""
         if self.host != socket.gethostname():
             return True
         try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.started) < 1.0)
+            process = psutil.Process(self.pid)
+            # a zombie does nothing any more, and may stay for ever in a container whose first process does not reap
+            return abs(process.create_time() - self.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
 
@@ -67,7 +73,10 @@ class Record:
         state: "starting", "running" or "exited".
         host: Where the kernel runs.
         owner: Whose it is.
-        bind: ``host:port`` that its launcher calls back to.
+        left: When its owner said goodbye without ending it, in seconds since the epoch; None: it did not.
+        bind: ``host:port`` that its launcher calls back to; several are separated by commas.
+        pins: Certificates that its launcher trusts, as `Identity` has them; empty if the record is an old one.
+        launcher_protocol: 1: its launcher never calls back again, and has no lease.
         orphan_timeout: Seconds without a server until the launcher ends the kernel.
         created: Seconds since the epoch.
     """
@@ -86,9 +95,25 @@ class Record:
     state: str = "starting"
     host: str | None = None
     owner: Owner | None = None
+    left: float | None = None
     bind: str = ""
+    pins: str = ""
+    launcher_protocol: int = 2
     orphan_timeout: float = 600.0
     created: float = 0.0
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether it belongs to a process that lives."""
+        return self.owner is not None and self.owner.is_alive()
+
+    @property
+    def endpoints(self) -> dict[str, Any]:
+        """What a client needs to connect; the host is the platform's word, not the launcher's."""
+        info = dict(self.connection)
+        if info.get("ip") in ("0.0.0.0", "::"):
+            info["ip"] = self.host or "127.0.0.1"
+        return info
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, **vars(self), "owner": asdict(self.owner) if self.owner else None})
@@ -116,6 +141,17 @@ class Store(Protocol):
     def get(self, kernel_id: str) -> Record | None: ...
     def remove(self, kernel_id: str) -> None: ...
     def list(self) -> list[Record]: ...
+
+    def take(self, kernel_id: str, owner: Owner) -> Record | None:
+        """Make a process the owner of a kernel whose owner is gone; of several that try at once one succeeds.
+
+        Args:
+            kernel_id: The kernel's.
+            owner: The process that asks; if the kernel is its own already, that is fine.
+
+        Returns:
+            The record as it is now; with another owner, who is alive, if there is nothing to take. None: no record.
+        """
 
 
 class FileStore:
@@ -162,6 +198,24 @@ class FileStore:
         except OSError as error:
             raise StoreError(f"the record of kernel {kernel_id} cannot be removed: {error}") from None
 
+    def take(self, kernel_id: str, owner: Owner) -> Record | None:
+        """Make a process the owner of a kernel whose owner is gone; see `Store.take`.
+
+        Raises:
+            StoreError: The record cannot be locked or written.
+        """
+        path = self._path(kernel_id)
+        try:
+            with _locked(path) as exists:
+                record = self._read(path) if exists else None
+                if record is None or record.is_owned:
+                    return record
+                record = replace(record, owner=owner, left=None)
+                self.put(record)
+                return record
+        except OSError as error:
+            raise StoreError(f"the record of kernel {kernel_id} cannot be locked: {error}") from None
+
     def list(self) -> list[Record]:
         """Return all records, oldest first; files that are none of ours are reported and skipped."""
         if not self.folder.is_dir():
@@ -181,6 +235,35 @@ class FileStore:
         except (OSError, UnicodeDecodeError, StoreError) as error:
             log.warning("%s is skipped: %s", path, error)
             return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Lock a record against other processes that want to take it; yields whether there is one.
+
+    The lock is on the file itself: a file beside it would have to be removed one day, which has races of its own. A
+    record that was replaced while we waited is another file, so it is looked for again.
+    """
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS locks only what is open for writing
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(descriptor, path):
+                yield True
+                return
+        finally:
+            os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 class InTurn:

@@ -22,7 +22,7 @@ from ..kernel import Plan, RemoteKernel
 from ..planning import launcher_options
 from ..ports import PortRange
 from ..server import KernelServer
-from ..store import Record
+from ..store import Owner, Record
 from . import tiny_kernel
 
 
@@ -125,6 +125,13 @@ class MemoryStore:
 
     def list(self) -> list[Record]:
         return [Record.from_json(text) for text in self._records.values()]
+
+    def take(self, kernel_id: str, owner: Owner) -> Record | None:
+        record = self.get(kernel_id)
+        if record is not None and not record.is_owned:
+            record.owner, record.left = owner, None
+            self.put(record)
+        return record
 
 
 class Installation:
