@@ -602,7 +602,8 @@ async def test_old_logs_go_and_starts_that_come_together_do_not_mind(
     await asyncio.gather(*(km.start_kernel() for km in managers))
     await asyncio.gather(*(km.shutdown_kernel(now=True) for km in managers))
     assert not (installation / "logs" / "0.log").exists()
-    assert all((installation / "logs" / f"{km.kernel_id}.log").exists() for km in managers[-1:])
+    kept = [km for km in managers if (installation / "logs" / f"{km.kernel_id}.log").exists()]
+    assert len(kept) >= 3  # starts that come together have no order
 
 
 async def test_many_kernels_at_once(manager: Make, installation: Path) -> None:

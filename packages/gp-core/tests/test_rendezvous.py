@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from gp_core import protocol, rendezvous
-from gp_core.errors import ProtocolError
+from gp_core.errors import LaunchFailed, ProtocolError
 from gp_core.protocol import Hello, Message
 from gp_core.rendezvous import Rendezvous, Session
 from gp_core.runtime import runtime
@@ -178,6 +178,27 @@ async def test_a_kernel_that_cannot_be_served_here_is_sent_on(server: KernelServ
     assert answer is not None
     assert (answer["reason"], answer["final"]) == ("not_here", False)
     dialing.close()
+
+
+async def test_several_ports_can_be_listened_on_and_one_that_is_taken_ends_nothing(
+    server: KernelServer, known: Known
+) -> None:
+    first = launcher(server)
+    await first.connect()
+    assert (await first.hello() or {})["type"] == "accepted"
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        taken = stranger.getsockname()[1]
+        with pytest.raises(LaunchFailed, match=rf"kernel k1 .*port {taken} of 127\.0\.0\.1: .*in use"):
+            await runtime().call(server.listen_at("k1", f"127.0.0.1:{taken}"))
+    free = f"127.0.0.1:{taken},[::1]:{taken}"
+    await asyncio.gather(*(runtime().call(server.listen_at("k1", free)) for _ in range(3)))
+    again = launcher(server, address=("127.0.0.1", taken))
+    again.secret = first.secret
+    await again.connect()
+    assert (await again.hello() or {})["type"] == "accepted"
+    assert known.lost == 0, "the session on the other port goes on"
+    for dialing in (first, again):
+        dialing.close()
 
 
 async def test_a_kernel_whose_server_is_gone_is_kept_and_listed(server: KernelServer) -> None:

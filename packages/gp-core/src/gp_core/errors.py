@@ -62,6 +62,25 @@ LAUNCHER_TOO_OLD = Reason(
 DENIED = Reason("Denied", "Ask the operator of this server; authorized_users and limits are policy.")
 REFUSED_BY_HOOK = Reason("RefusedByPlugin", "A plugin refused this launch; its message above says why.")
 CANCELLED = Reason("Cancelled", "The start was cancelled before the kernel listened; nothing was left running.")
+OWNED = Reason(
+    "OwnedByAnotherServer",
+    "Use the kernel through that process, or end the process: a kernel whose server is gone can be taken over.",
+)
+CALLBACK_PORT_TAKEN = Reason(
+    "CallbackPortTaken",
+    "Free that port and start the kernel with the same id again: it waits as long as jupyter gp ps says; or end it by "
+    "jupyter gp stop.",
+)
+SERVER_KEY_CHANGED = Reason(
+    "ServerKeyChanged",
+    "Put the former server.pem back into the data folder, or end the kernel by jupyter gp stop: its launcher trusts no "
+    "other key.",
+)
+LAUNCHER_NOT_BACK = Reason(
+    "LauncherNotBack",
+    "The kernel is left as it is: try again, check that the far side can reach the address, or end the kernel by "
+    "jupyter gp stop.",
+)
 
 REASONS: tuple[Reason, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Reason))
 """The reasons that the core itself gives; the troubleshooting guide has one entry for each."""

@@ -28,13 +28,22 @@ class Event(enum.Enum):
     LOST = "lost"  #: the launcher session broke; the kernel is taken for alive
     RESUMED = "resumed"  #: the launcher has called back again
     DROPPED = "dropped"  #: output was left out, because nobody took it for too long
+    ADOPTED = "adopted"  #: the kernel of a server that is gone is used through this one from now on
     RESTARTING = "restarting"  #: the kernel is being replaced inside its launcher
     EXITED = "exited"  #: the kernel's process has ended
     GONE = "gone"  #: the platform says why the job of a kernel is gone whose launcher had only told of its end
     REMOVED = "removed"  #: job and record are gone
 
 
-ROUTINE = frozenset(Event) - {Event.FAILED, Event.LOST, Event.RESUMED, Event.EXITED, Event.GONE, Event.DROPPED}
+ROUTINE = frozenset(Event) - {
+    Event.FAILED,
+    Event.LOST,
+    Event.RESUMED,
+    Event.ADOPTED,
+    Event.EXITED,
+    Event.GONE,
+    Event.DROPPED,
+}
 """Logged as DEBUG: the host application tells of starts itself, and a console prints its log between the cells."""
 
 

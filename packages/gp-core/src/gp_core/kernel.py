@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from traitlets import TraitError
+
 from . import protocol, protocol1, startup
 from .backend import Backend, Handle, KernelInfo, LaunchRequest, State, Status
 from .command import launch_environment
@@ -23,6 +25,7 @@ from .errors import (
     CANCELLED,
     LAUNCH_TIMEOUT,
     LAUNCHER_DIED,
+    LAUNCHER_NOT_BACK,
     LAUNCHER_TOO_OLD,
     BackendError,
     ConfigError,
@@ -102,7 +105,10 @@ class RemoteKernel:
         self.capabilities: frozenset[str] = frozenset()
         self.relay: Relay | None = None  #: None if clients connect to the kernel's own ports
         self._buffer = 0
-        self._ended = asyncio.Event()
+        self.inherited = False  #: another process started it
+        self.user: object | None = None  #: the manager of this process that has it; None: it is only kept alive
+        self.leaving = False  #: it is being removed
+        self._ended, self._listens, self._forgotten = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._connected, self._disconnected = asyncio.Event(), asyncio.Event()
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
         self._starting = False
@@ -119,8 +125,13 @@ class RemoteKernel:
 
         Raises:
             PluginError: Its backend is not installed.
+            ConfigError: Its backend does not know its options any more.
         """
-        return cls(server, plugins().backend(record.backend)(config=server.config, **record.options), record)
+        backend = plugins().backend(record.backend)
+        try:
+            return cls(server, backend(config=server.config, **record.options), record)
+        except (TraitError, TypeError) as error:
+            raise ConfigError(f"kernel {record.kernel_id}: {error}") from None
 
     # -- starting
 
@@ -136,6 +147,9 @@ class RemoteKernel:
         record.run, record.created = 1, time.time()
         record.connection, record.owner = dict(plan.connection), self.server.owner
         record.port_range = str(plan.request.port_range)
+        record.bind, record.pins = ",".join(self.server.addresses(local=self.backend.runs_here)), self.server.pins
+        record.launcher_protocol = 2 if plan.older is None else 1
+        self.inherited, self.user = False, self.user or self
         self._begin_start()
         self.server.kernels[record.kernel_id] = self
         launching: asyncio.Task[Handle] | None = None
@@ -210,6 +224,81 @@ class RemoteKernel:
         finally:
             self._starting = False
 
+    async def is_gone(self) -> bool:
+        """Look whether the platform is sure that a kernel that another process started has no job any more.
+
+        Raises:
+            BackendError: The record does not say which job it is, and the platform does not tell.
+        """
+        record = self.record
+        if record.handle is None:  # its server died while the backend started the job
+            try:
+                # not the hook: it hides a platform that does not answer, which must not look like a job that is gone
+                record.handle = next(iter(await self.backend.discover(record.kernel_id)), None)
+            except Exception as error:
+                raise BackendError(f"kernel {record.kernel_id}: {self.backend.name} does not tell: {error}") from error
+        return record.handle is None or (await self.backend.look(record.handle)).state is State.GONE
+
+    async def resume(self, *, until: Literal["listening", "connected"], timeout: float) -> bool:
+        """Wait until a kernel that another process started, and is not gone, can be used here.
+
+        Args:
+            until: What proves that, as in `Plan`.
+            timeout: Seconds for its launcher to call back.
+
+        Returns:
+            Whether it can; False if it has ended.
+
+        Raises:
+            LaunchTimeout: Nobody knows; the kernel is left as it is.
+        """
+        record, handle = self.record, self.record.handle
+        timeout = plugins().timeout(self.info, "launch", timeout)
+        assert handle is not None
+        self._starting = True  # an end that is told now must not begin to linger
+        self._stop_lingering()
+        if self.session is None:
+            self._look()
+        back = self._listens if until == "listening" else self._connected
+        waiting = [asyncio.ensure_future(event.wait()) for event in (back, self._ended)]
+        try:
+            done, _ = await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._starting = False
+            for task in waiting:
+                task.cancel()
+            if self.session is not None:
+                self._stop_looking()
+        if not done:
+            raise await self._not_back(timeout)
+        if self.exit_code is not None:
+            return False
+        if record.host is None:
+            record.host = (await self.backend.look(handle)).host
+        record.state = "running"
+        await self._save()
+        self._tell(Event.ADOPTED, data={"host": record.host, "run": record.run})
+        return True
+
+    async def _not_back(self, timeout: float) -> LaunchTimeout:
+        assert self.record.handle is not None
+        status = await self.backend.look(self.record.handle)
+        job = f"its job: {status.state.value} {status.detail}".rstrip()
+        known = f"kernel {self.info.kernel_id} ({self.info.kernel_name}) cannot be taken over"
+        if self.session is not None:
+            return LaunchTimeout(f"{known}: its launcher is back, it does not listen yet; {job}", reason=LAUNCH_TIMEOUT)
+        where = self.record.bind or "the address that it was told"
+        text = f"{known}: its launcher has not called back to {where} within {timeout:g} s; {job}"
+        return LaunchTimeout(text, reason=LAUNCHER_NOT_BACK, log=await self._log_tail())
+
+    async def disown(self, former: Record) -> None:
+        """Let another server have a kernel that could not be taken over: it has the lease that it had."""
+        self._stop_looking()
+        try:
+            await self._records.put(replace(self.record, owner=former.owner, left=former.left))
+        except StoreError as error:
+            self.log.warning("%s", error)
+
     @property
     def ports(self) -> dict[str, int]:
         """Where the kernel listens; kept over restarts, because clients keep their sockets."""
@@ -218,10 +307,7 @@ class RemoteKernel:
     @property
     def connection(self) -> dict[str, Any]:
         """What a client needs to connect; the host is the platform's word, not the launcher's."""
-        info = dict(self.record.connection)
-        if info["ip"] in ("0.0.0.0", "::"):
-            info["ip"] = self.record.host or "127.0.0.1"
-        return info
+        return self.record.endpoints
 
     async def _open_relay(self, plan: Plan) -> None:
         """Open the client's endpoints; they stay for the kernel's life, whatever becomes of its launchers."""
@@ -233,9 +319,10 @@ class RemoteKernel:
 
     def _begin_start(self) -> None:
         self._starting = True
-        self._removed = False
+        self._removed = self.leaving = False
         self.exit_code = None
-        self._ended.clear()
+        for event in (self._ended, self._listens, self._forgotten):
+            event.clear()
         self._reports = asyncio.Queue()
 
     async def _launched(self, launching: asyncio.Task[Handle], timeout: float) -> Handle:
@@ -289,6 +376,7 @@ class RemoteKernel:
         reason = CANCELLED if cancelled else getattr(error, "failure", None)
         detail = CANCELLED.advice if cancelled else str(error)
         self._tell(Event.FAILED, detail, data={"reason": reason.code if reason else None})
+        self.leaving = True
         cleaning = runtime().spawn(self._clean_up(launching), name=f"clean-up of kernel {self.info.kernel_id}")
         if isinstance(error, Exception):
             await asyncio.wait({asyncio.shield(cleaning)}, timeout=STOP)
@@ -323,6 +411,8 @@ class RemoteKernel:
         if not again:
             self.record.secret = protocol.digest(hello.secret)
             self._save_soon()
+        if self.inherited and self._restart is None:
+            self.record.run = hello.run  # its server may have died between the record and the message of a restart
         self.session, self.capabilities = session, hello.capabilities
         self._connected.set()
         self._disconnected.clear()
@@ -356,6 +446,7 @@ class RemoteKernel:
             listening = protocol.Listening.read(message)
             if listening.run == self.record.run:
                 self._take_ports(listening.ports)
+                self._listens.set()
                 self._report(Report("listening"))
         else:
             exited = protocol.Exited.read(message)
@@ -467,6 +558,7 @@ class RemoteKernel:
         self._stop_lingering()
         self._stop_looking()
         already, self._removed = self._removed, True
+        self.leaving = self.leaving or forget
         if self.session is not None:
             self._send(protocol.shutdown(0 if force else 2))
         if self.record.handle is not None:
@@ -485,6 +577,7 @@ class RemoteKernel:
                 self.log.warning("%s", error)
             if self.server.kernels.get(self.info.kernel_id) is self:
                 del self.server.kernels[self.info.kernel_id]
+            self._forgotten.set()
             if not already:
                 self._tell(Event.REMOVED)
 
@@ -517,9 +610,19 @@ class RemoteKernel:
 
     async def farewell(self) -> None:
         """At the end of the process: forget a kernel that ends just now; leave one that lives to its lease."""
-        with contextlib.suppress(asyncio.TimeoutError):
+        try:
             await asyncio.wait_for(self._ended.wait(), FAREWELL)
+        except asyncio.TimeoutError:
+            if not self.leaving:
+                self.record.left = time.time()
+                await self._save()
+        else:
             await self.remove()
+
+    async def forgotten(self, patience: float) -> None:
+        """Wait some seconds for the end of a removal."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._forgotten.wait(), patience)
 
     # -- small parts
 

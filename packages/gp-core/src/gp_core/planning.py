@@ -139,7 +139,7 @@ class Planner:
             blackout_buffer=self.options.blackout_buffer,
             timeout=timeout,
             confirm=self._confirmation,
-            older=Terms(policy.port_range, self._encryption == "required") if self._is_older else None,
+            older=Terms(policy.port_range, self.encryption_required) if self._is_older else None,
         )
         return Planned(plan, policy, {**self._chosen.backend, **fitting}, self.orphan_timeout)
 
@@ -208,6 +208,11 @@ class Planner:
             )
 
     # -- connection
+
+    @property
+    def encryption_required(self) -> bool:
+        """Whether channels must be encrypted."""
+        return self._encryption == "required"
 
     @property
     def _encryption(self) -> str:

@@ -3,7 +3,8 @@
 Every method hands its work to the runtime's loop and awaits it from whatever loop it is called on. jupyter_client calls
 them in these orders (8.x):
 
-- start: ``pre_launch``, ``launch_kernel``, ``post_launch``
+- start: ``pre_launch``, ``launch_kernel``, ``post_launch``; with the id of a kernel whose server is gone it takes that
+  kernel over
 - restart: ``send_signal(SIGINT)``, ``shutdown_requested(restart=True)``, ``poll``, ``wait``,
   ``cleanup(restart=True)``, start
 - restart now, autorestart: ``kill(restart=False)``, ``wait``, ``cleanup(restart=True)``, start
@@ -15,6 +16,7 @@ So ``kill`` and ``terminate`` end the kernel's process only; ``cleanup`` alone d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
@@ -27,12 +29,14 @@ from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 from jupyter_client.connect import KernelConnectionInfo
 from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase, KernelProvisionerMeta
 
+from . import takeover
 from .backend import Backend
 from .errors import GPError, readable
-from .kernel import RemoteKernel
+from .kernel import Plan, RemoteKernel
 from .options import ProvisionerOptions
 from .planning import CURVE, Planned, Planner, text
 from .plugins import plugins
+from .protocol import PORTS
 from .runtime import runtime
 from .server import KernelServer, kernel_server
 from .store import Record
@@ -71,6 +75,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         self._kernel: RemoteKernel | None = None
         self._reaped = True
         self._planned: Planned | None = None
+        self._former: Record | None = None  # of the kernel to take over
         self._env: dict[str, str] = {}
         self._end_wanted = False
         self._asked_at = self._cleaned_at = 0.0
@@ -136,12 +141,22 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         extra = kwargs.pop("extra_arguments", None) or []
         kwargs.pop("transport_encryption", None)
         server = kernel_server(self.config)
+        # before the listener is opened, which forgets kernels that have ended: their ports and keys serve once more
+        former = await runtime().call(takeover.find(server, self.kernel_id)) if self._kernel is None else None
         planner = await self._planner(server)
-        self._planned = planner.plan(requested, extra, kwargs, self.connection_info)
-        self.connection_info = _for_manager(self._planned.plan.connection)
-        for name in CURVE:  # clients may be made between pre_launch and launch_kernel
-            if name in self._planned.plan.connection and hasattr(self.parent, name):
-                setattr(self.parent, name, self._planned.plan.connection[name].encode())
+        planned = planner.plan(requested, extra, kwargs, self.connection_info)
+        if former is not None:
+            try:
+                takeover.check(server, former, planned.plan.request, encrypted=planner.encryption_required)
+            except GPError:
+                if not await runtime().call(takeover.has_ended(server, former)):
+                    raise
+                former = None
+        if former is not None:
+            planned = planner.plan(requested, extra, kwargs, former.connection)  # in case it has ended: same endpoints
+        self._planned, self._former = planned, former
+        self.connection_info = _for_manager(former.endpoints if former else planned.plan.connection)
+        self._tell_manager()
         self._env = dict(requested if requested is not None else os.environ)
         return {**kwargs, "cmd": list(self._planned.plan.request.argv), "env": dict(self._env)}
 
@@ -154,11 +169,14 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         kernel, again = self._kernel, self._kernel is not None
         mourned, self._end_wanted = again and not self._end_wanted, False
         await self._let_the_request_expire()
+        if kernel is None and await self._took_over(plan):
+            return self.connection_info
         if kernel is None:
             kernel = await runtime().call(self._new_kernel(self._planned))
         try:
             await runtime().call(kernel.restart(plan) if again else kernel.launch(plan))
         except asyncio.CancelledError:
+            kernel.leaving = True  # at once: the next start of that id waits for its end
             runtime().submit(kernel.abandon())
             raise
         except GPError as error:
@@ -204,6 +222,40 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
 
     # -- parts
 
+    def _tell_manager(self) -> None:
+        """Give the manager what clients need that are made between pre_launch and launch_kernel."""
+        manager: Any = self.parent
+        if self._former is not None and manager is not None:
+            for name in PORTS:
+                setattr(manager, name, 0)  # else the ones that it has stay
+            manager.load_connection_info(self.connection_info)
+        info: Mapping[str, Any] = self.connection_info
+        for name in CURVE:
+            if name in info and hasattr(manager, name):
+                setattr(manager, name, text(info[name]).encode())
+
+    async def _took_over(self, plan: Plan) -> bool:
+        """Take the running kernel of that id over, if there is one."""
+        former, self._former = self._former, None
+        if former is None:
+            return False
+        assert self._planned is not None
+        server = kernel_server(self.config)
+        user = object()
+        try:
+            kernel = await runtime().call(takeover.take_over(server, former, self._planned.policy, plan, user))
+        except asyncio.CancelledError:
+            runtime().submit(server.give_back(former, user))  # it may have come to its end just then
+            raise
+        with contextlib.suppress(OSError):
+            # the former server's: a manager deletes at the end only a file that it has written itself
+            os.unlink(getattr(self.parent, "connection_file", ""))
+        if kernel is None:
+            return False
+        self._kernel, self._reaped = kernel, False
+        self.connection_info = _for_manager(kernel.connection)
+        return True
+
     async def _let_the_request_expire(self) -> None:
         """Wait until a ``shutdown_request`` that no kernel took is gone.
 
@@ -234,7 +286,6 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
             user=request.user,
             backend=self.backend_name,
             options=planned.backend_options,
-            bind=",".join(server.addresses(local=self._backend.runs_here)),
             orphan_timeout=planned.orphan_timeout,
         )
         backend = self._backend(parent=self.parent, config=self.config, **planned.backend_options)

@@ -242,6 +242,7 @@ class Rendezvous:
         self._answers: set[asyncio.Task[None]] = set()
         self._max_strangers = _raise_file_limit() // 4
         self._servers: list[asyncio.Server] = []
+        self._ports: set[int] = set()
 
     async def listen(self, hosts: list[str], port: int, retries: int) -> int:
         """Open the listener and return its port.
@@ -268,19 +269,36 @@ class Rendezvous:
             f"({problem}); set GP_RESPONSE_PORT to a free port or to 0"
         )
 
+    async def listen_also(self, hosts: list[str], port: int) -> None:
+        """Open one more port, for launchers that were told another one; one that is open already is fine.
+
+        Args:
+            hosts: Addresses to bind.
+            port: To open.
+
+        Raises:
+            OSError: It cannot be bound.
+        """
+        if port not in self._ports:
+            await self._bound(hosts, port)
+
     async def _bound(self, hosts: list[str], port: int) -> int:
+        made: list[asyncio.Server] = []
         try:
             for host in hosts:  # one by one: with port 0 each would get another port
-                server = await self.loop.create_server(lambda: Session(self), host, port, backlog=1024)
-                self._servers.append(server)
-                port = port or int(server.sockets[0].getsockname()[1])
+                made.append(await self.loop.create_server(lambda: Session(self), host, port, backlog=1024))
+                port = port or int(made[0].sockets[0].getsockname()[1])
         except OSError:
-            self.close()
+            for server in made:
+                server.close()
             raise
+        self._servers += made
+        self._ports.add(port)
         return port
 
     def close(self) -> None:
         """Close the listener and all sessions."""
+        self._ports.clear()
         while self._servers:
             self._servers.pop().close()
         for session in [*self._strangers, *self.sessions]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pwd
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 from jupyter_core.paths import jupyter_data_dir
 from traitlets import Bool, Int, List, Unicode
 from traitlets.config import Config, LoggingConfigurable
@@ -17,7 +19,7 @@ from gp_launchers import bundle
 
 from . import protocol
 from .backend import State
-from .errors import ConfigError, GPError, LaunchDenied
+from .errors import CALLBACK_PORT_TAKEN, OWNED, ConfigError, GPError, LaunchDenied, LaunchFailed
 from .identity import Identity
 from .plugins import plugins
 from .policies import Policy, check_limit
@@ -82,6 +84,7 @@ class KernelServer(LoggingConfigurable):
         self.own_user = ""  #: name of the user that this process runs as
         self.port = 0
         self._opening: asyncio.Lock | None = None
+        self._leases = asyncio.Lock()  # held while the owner of a kernel changes
         self.protocol1: Protocol1 | None = None
 
     async def open(self) -> None:
@@ -177,10 +180,83 @@ class KernelServer(LoggingConfigurable):
         if policy.max_kernels_per_user is not None:
             records = await runtime().blocking(self.store.list)
             # those of servers that are gone do not count: nobody could stop them
-            others = {record.kernel_id for record in records if record.user == user and _is_live(record)}
+            others = {record.kernel_id for record in records if record.user == user and record.is_owned}
             mine = {known.info.kernel_id for known in self.kernels.values() if known.info.user == user}
             check_limit(policy, user, len((others | mine) - {kernel.info.kernel_id}))
         self.kernels[kernel.info.kernel_id] = kernel  # at once: starts that come together see each other
+
+    async def take(self, record: Record, user: object | None = None) -> RemoteKernel | None:
+        """Become the owner of a kernel whose server is gone.
+
+        Args:
+            record: The kernel's, as it was read.
+            user: Stands for the manager of this process that wants it, alone; None: it is only kept alive.
+
+        Returns:
+            The kernel; it may be kept by this process already. None if there is no record any more.
+
+        Raises:
+            LaunchFailed: It belongs to another server that lives, or to another manager of this process.
+            PluginError: Its backend is not installed.
+        """
+        from .kernel import RemoteKernel
+
+        async with self._leases:
+            kernel = self.kernels.get(record.kernel_id)
+            if kernel is None:
+                kernel = RemoteKernel.of_record(self, record)  # first: what cannot be served is not taken
+                taken = await runtime().blocking(self.store.take, record.kernel_id, self.owner)
+                if taken is None:
+                    return None
+                if taken.owner != self.owner:
+                    raise owned(taken)
+                kernel.record, kernel.inherited = taken, True
+                self.kernels[record.kernel_id] = kernel
+            if user is not None and kernel.user is not None:
+                raise owned(kernel.record)
+            kernel.user = kernel.user or user
+            return kernel
+
+    async def give_back(self, former: Record, user: object) -> None:
+        """Undo a `take` that came to nothing, if it did not already; a kernel whose launcher is connected is kept.
+
+        Args:
+            former: The record before.
+            user: Who took it.
+        """
+        async with self._leases:
+            kernel = self.kernels.get(former.kernel_id)
+            if kernel is None or kernel.user is not user:
+                return
+            kernel.user = None
+            if kernel.session is None and former.owner != self.owner:
+                del self.kernels[former.kernel_id]
+                await kernel.disown(former)
+
+    async def listen_at(self, kernel_id: str, bind: str) -> None:
+        """Open the ports that a launcher of a former server calls back to.
+
+        Args:
+            kernel_id: The launcher's kernel, for the error.
+            bind: Its ``host:port``, several separated by commas.
+
+        Raises:
+            LaunchFailed: A port is taken by another process.
+        """
+        assert self.rendezvous is not None
+        assert self._opening is not None
+        hosts = self.bind_addresses()
+        async with self._opening:
+            for port in {int(address.rpartition(":")[2]) for address in bind.split(",") if address}:
+                try:
+                    await self.rendezvous.listen_also(hosts, port)
+                except OSError as error:
+                    holder = await runtime().blocking(_listener, port)
+                    raise LaunchFailed(
+                        f"kernel {kernel_id} cannot be taken over: its launcher calls back to {bind}, and this server "
+                        f"cannot listen on port {port} of {', '.join(hosts)}: {error.strerror or error}{holder}",
+                        reason=CALLBACK_PORT_TAKEN,
+                    ) from None
 
     def _hand_over(self, transport: asyncio.Transport, data: bytes) -> bool:
         return self.protocol1.hand_over(transport, data) if self.protocol1 else False
@@ -196,9 +272,14 @@ class KernelServer(LoggingConfigurable):
             return protocol.refused("bad_token", "the launch token was used by another launcher", final=True)
         if kernel is not None:
             return kernel
-        if record.owner is not None and record.owner.is_alive():
+        if record.is_owned:
             return protocol.refused("not_here", "the kernel belongs to another server", final=False)
-        return await self._inherit(record)
+        # kept alive, until somebody uses it
+        kept = await self.take(record)
+        if kept is None:
+            return protocol.refused("unknown_kernel", "no such kernel is known here", final=True)
+        self.log.info("kernel %s of a server that is gone has called back and is kept", record.kernel_id)
+        return kept
 
     def _recorded(self, kernel_id: str) -> Record | None:
         try:
@@ -207,31 +288,28 @@ class KernelServer(LoggingConfigurable):
             log.warning("hello for a kernel whose record cannot be read: %s", error)
             return None
 
-    async def _inherit(self, record: Record) -> Kernel:
-        """Keep the session of a kernel whose server is gone, so that it lives on until somebody uses it."""
-        from .kernel import RemoteKernel
-
-        record.owner = self.owner
-        kernel = RemoteKernel.of_record(self, record)
-        self.kernels[record.kernel_id] = kernel
-        await runtime().blocking(self.store.put, record)
-        self.log.info("kernel %s of a server that is gone has called back and is kept", record.kernel_id)
-        return kernel
-
     async def _tidy(self) -> None:
         """Forget kernels of servers that are gone if their jobs are gone too."""
         from .kernel import RemoteKernel
 
         for record in await runtime().blocking(self.store.list):
-            if record.owner is None or record.owner.is_alive() or record.handle is None:
+            if record.owner is None or record.is_owned or record.handle is None:
                 continue
             try:
                 status = await RemoteKernel.of_record(self, record).backend.look(record.handle)
             except GPError:
                 continue  # its backend is not installed any more: `jupyter gp doctor` and `gc` tell
-            if status.state is State.GONE and record.kernel_id not in self.kernels:
-                self.log.debug("kernel %s ended without its server: its record is removed", record.kernel_id)
-                await runtime().blocking(self.store.remove, record.kernel_id)
+            if status.state is State.GONE:
+                await self._forget(record.kernel_id)
+
+    async def _forget(self, kernel_id: str) -> None:
+        async with self._leases:
+            if kernel_id in self.kernels:
+                return
+            taken = await runtime().blocking(self.store.take, kernel_id, self.owner)
+            if taken is not None and taken.owner == self.owner:  # else another server is just starting it anew
+                self.log.debug("kernel %s ended without its server: its record is removed", kernel_id)
+                await runtime().blocking(self.store.remove, kernel_id)
 
     async def _farewell(self) -> None:
         """At the end of the process: forget kernels that a client has just shut down without telling (console)."""
@@ -254,8 +332,20 @@ def _launcher_file(folder: Path) -> Path:
     return path
 
 
-def _is_live(record: Record) -> bool:
-    return record.owner is not None and record.owner.is_alive()
+def owned(record: Record) -> LaunchFailed:
+    """Return the error for a kernel that belongs to somebody who lives."""
+    who = "another manager of this process" if record.owner == Owner.me() else "a server that runs"
+    text = f"kernel {record.kernel_id} ({record.kernel_name}) belongs to {who}: {record.owner}"
+    return LaunchFailed(text, reason=OWNED)
+
+
+def _listener(port: int) -> str:
+    """Say who listens on a port of this machine, if that is to be seen."""
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.pid and tuple(connection.laddr)[1:2] == (port,):
+                return f" (pid {connection.pid}, {psutil.Process(connection.pid).name()}, listens there)"
+    return ""
 
 
 def _has_ipv6() -> bool:
