@@ -88,6 +88,7 @@ class TestPs:
             "owner": {"host": ALIVE.host, "pid": os.getpid(), "alive": True},
             "record": True,
             "orphan_timeout": 600.0,
+            "lease_left": None,
         }
 
     def test_the_states(self, gp: Gp, make: Make) -> None:
@@ -114,6 +115,30 @@ class TestPs:
             make(name.replace("'", ""), owner=owner)
         seen = {name: kernel["owner"] and kernel["owner"]["alive"] for name, kernel in by_id(gp).items()}
         assert seen == {"mine": True, "orphan": False, "foreign": True, "nobodys": None}
+
+    def test_what_is_left_of_a_lease_is_told_as_far_as_it_is_known(self, gp: Gp, make: Make) -> None:
+        make("served", owner=ALIVE)
+        make("killed", orphan_timeout=600.0, secret="s")
+        make("left", orphan_timeout=600.0, secret="s", left=time.time() - 400)
+        make("long-ago", orphan_timeout=600.0, secret="s", left=time.time() - 700)
+        make("never-called", orphan_timeout=600.0)
+        make("ended", "gone", orphan_timeout=600.0)
+        make("older", launcher_protocol=1, secret="s")
+        left = {name: kernel["lease_left"] for name, kernel in by_id(gp).items()}
+        assert left.pop("left") == {"seconds": pytest.approx(200, abs=30), "at_most": False}
+        assert left == {
+            "served": None,
+            "killed": {"seconds": 600.0, "at_most": True},
+            "long-ago": {"seconds": 0.0, "at_most": False},
+            "never-called": {"seconds": 120.0, "at_most": True},
+            "ended": None,
+            "older": None,
+        }
+        told = " ".join(gp("ps").out.split())
+        assert f"killed: its server ({DEAD}) is gone; at most 10 min left for another one to take it over" in told
+        assert "long-ago: its server" in told
+        assert "about 0 s left" in told
+        assert "served:" not in told
 
     def test_people_see_it_on_a_narrow_terminal(self, gp: Gp, make: Make) -> None:
         make("0f7b3bd2-8f6e-4b34-9d0d-f4c1d1e1f001", owner=ALIVE, orphan_timeout=86400.0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from traitlets import TraitError
 from traitlets.config import Config
+
+from gp_launchers.supervisor import FIRST_ACCEPTANCE
 
 from ..backend import Backend, Handle, State, Status
 from ..errors import GPError
@@ -18,9 +20,26 @@ from ..runtime import runtime
 from ..server import kernel_server
 from ..store import Record, Store
 from .command import Command
+from .tables import span
 
 DEADLINE = 10.0  # seconds for a platform to answer
 BROKEN = Status(state=State.UNKNOWN)
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is left of a lease.
+
+    Args:
+        seconds: Until the launcher ends kernel and itself.
+        at_most: The server was killed, and nobody knows when: it may be less.
+    """
+
+    seconds: float
+    at_most: bool
+
+    def __str__(self) -> str:
+        return f"{'at most' if self.at_most else 'about'} {span(self.seconds)}"
 
 
 @dataclass
@@ -46,7 +65,7 @@ class Kernel:
     @property
     def served(self) -> bool:
         """Whether a server that is alive takes care of it; one on another machine is believed to."""
-        return self.record is not None and self.record.owner is not None and self.record.owner.is_alive()
+        return self.record is not None and self.record.is_owned
 
     @property
     def state(self) -> str:
@@ -62,7 +81,25 @@ class Kernel:
         if self.record is None:
             return "no record"
         owner = self.record.owner
-        return f"pid {owner.pid} at {owner.host}" if owner and self.served else "gone"
+        return str(owner) if owner and self.served else "gone"
+
+    @property
+    def lease(self) -> float | None:
+        """Seconds without a server until its launcher ends it; None if nothing ends it."""
+        record = self.record
+        return record.orphan_timeout if record is not None and record.launcher_protocol != 1 else None
+
+    @property
+    def lease_left(self) -> Left | None:
+        """How much of the lease is left of a kernel without a server; None if that is not counted."""
+        record, lease = self.record, self.lease
+        if record is None or lease is None or self.served or self.status.state is State.GONE:
+            return None
+        if record.secret is None:  # no server has accepted its launcher yet
+            lease = min(lease, FIRST_ACCEPTANCE)
+        if record.left is None:  # killed: nobody knows when
+            return Left(lease, at_most=True)
+        return Left(max(0.0, record.left + lease - time.time()), at_most=False)
 
     @property
     def age(self) -> float | None:
@@ -86,6 +123,7 @@ class Kernel:
             "created": record.created if record else None,
             "age_seconds": round(self.age, 1) if self.age is not None else None,
             "orphan_timeout": record.orphan_timeout if record else None,
+            "lease_left": asdict(self.lease_left) if self.lease_left else None,
         }
 
 

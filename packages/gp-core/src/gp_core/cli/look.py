@@ -23,7 +23,9 @@ class Ps(KernelCommand):
     summary = "List the kernels of this installation, and jobs of kernels that have no record."
     details = """\
 OWNER is the server process that a kernel belongs to. When it is gone, the
-kernel lives on for the time in LEASE, so that another server can take it over."""
+kernel lives on for the time in LEASE, so that another server can take it over.
+How much of that is left is told below the table: exactly if the server ended
+properly, else at most, because nobody knows when it was killed."""
 
     def run(self) -> int:
         kernels = self.wait(self._kernels())
@@ -39,6 +41,8 @@ kernel lives on for the time in LEASE, so that another server can take it over."
         for kernel in kernels:
             if kernel.status.detail and kernel.status.state is not State.RUNNING:
                 say(f"{short(kernel.kernel_id, ids)}: {kernel.status.detail}")
+            if kernel.lease_left is not None:
+                say(f"{short(kernel.kernel_id, ids)}: {_orphaned(kernel)}")
         return 0
 
     async def _kernels(self) -> list[Kernel]:
@@ -46,6 +50,12 @@ kernel lives on for the time in LEASE, so that another server can take it over."
         _, others = await asyncio.gather(look(kernels), strangers(kernels, self.config))
         await look(others)
         return kernels + others
+
+
+def _orphaned(kernel: Kernel) -> str:
+    owner = kernel.record.owner if kernel.record else None
+    whose = f"its server ({owner})" if owner else "its server"
+    return f"{whose} is gone; {kernel.lease_left} left for another one to take it over"
 
 
 def _row(kernel: Kernel, shown: str) -> list[Cell]:
@@ -60,7 +70,7 @@ def _row(kernel: Kernel, shown: str) -> list[Cell]:
         Text(kernel.state, "green" if kernel.state == "running" else "yellow"),
         f"pid {owner.pid}" if owner and kernel.served else Text(kernel.owner, "yellow"),
         span(kernel.age) if kernel.age is not None else "-",
-        span(record.orphan_timeout) if record else "-",
+        span(kernel.lease) if kernel.lease is not None else "-",
     ]
 
 

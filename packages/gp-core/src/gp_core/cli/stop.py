@@ -16,7 +16,7 @@ from ..errors import GPError
 from ..runtime import runtime
 from ..store import Store
 from .kernels import Kernel, KernelCommand, known_kernels, look, short, strangers
-from .tables import say, show, span
+from .tables import say, show
 
 STOP = 10.0  # seconds for a job to end before it is killed, and again after that
 
@@ -160,5 +160,5 @@ answer."""
 
 
 def _waits(kernel: Kernel) -> str:
-    assert kernel.record is not None
-    return f"its server is gone; waits for another one up to {span(kernel.record.orphan_timeout)}"
+    waiting = f", {kernel.lease_left}" if kernel.lease_left else ""
+    return f"its server is gone; waits for another one{waiting}"
