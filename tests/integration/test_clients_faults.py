@@ -6,16 +6,20 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from support.installation import Installation, wait_until
 
 from gp_core import testing
@@ -33,9 +37,9 @@ ORPHAN = 2.0
 class Victim:
     """A server process with one kernel."""
 
-    def __init__(self, installation: Installation, **env: str) -> None:
+    def __init__(self, installation: Installation, script: Path = VICTIM, argument: str = "tiny", **env: str) -> None:
         pipe = subprocess.PIPE
-        argv = [sys.executable, str(VICTIM), "tiny"]
+        argv = [sys.executable, str(script), argument]
         self.process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **env})
         installation.own.add(self.process.pid)
 
@@ -167,6 +171,153 @@ def test_a_restarted_server_with_the_same_key_and_port_is_called_again(
     two.end()
     wait_until(lambda: not installation.processes(), ORPHAN + 10)
     collect(installation)
+
+
+# A server takes the kernel of a killed one over
+
+
+HOST = Path(__file__).parent / "support" / "host.py"
+ID = "8a0e1f7c-0000-4000-8000-00000000000a"
+MANAGERS = ["MappingKernelManager", "AsyncMappingKernelManager"]
+
+
+class Host(Victim):
+    """A host application with a manager of many kernels."""
+
+    def __init__(self, installation: Installation, manager: str, **env: str) -> None:
+        super().__init__(installation, HOST, manager, **env)
+        assert self.hear() == {"pid": self.process.pid}
+
+
+@pytest.fixture
+def host(installation: Installation, ipykernel_spec: Path) -> Iterator[Callable[..., Host]]:
+    """Start a host application; its kernels are ipykernels."""
+    installation.jupyter.install_spec("py", ipykernel_spec, config={"launch_timeout": 45})
+    started: list[Host] = []
+
+    def start(manager: str = MANAGERS[0], **env: str) -> Host:
+        started.append(Host(installation, manager, **env))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
+    subprocess.run([GP, "gc", "--all"], check=True, timeout=60, capture_output=True)
+
+
+@contextmanager
+def client_of(connection: dict[str, Any]) -> Iterator[BlockingKernelClient]:
+    """A client of a kernel, however its server is."""
+    client = BlockingKernelClient()
+    client.load_connection_info({**connection, "key": connection["key"].encode()})
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=60)
+        yield client
+    finally:
+        client.stop_channels()
+
+
+def value_of(client: BlockingKernelClient, expression: str) -> str:
+    """What an expression is in the kernel, or the name of its error."""
+    content = client.execute("", user_expressions={"it": expression}, reply=True, timeout=30)["content"]
+    told = content["user_expressions"]["it"]
+    return str(told["data"]["text/plain"] if told["status"] == "ok" else told["ename"])
+
+
+@pytest.mark.parametrize(("former", "heir"), [MANAGERS, MANAGERS[::-1]], ids=["to-async", "from-async"])
+def test_a_killed_servers_kernel_is_taken_over_with_its_variables(
+    installation: Installation, host: Callable[..., Host], former: str, heir: str
+) -> None:
+    one = host(former)
+    connection = one.ask(f"start {ID} py")["connection"]
+    with client_of(connection) as client:  # stays open all the while: its endpoints do not change
+        client.execute("x = 41", reply=True, timeout=30)
+        pid = value_of(client, "__import__('os').getpid()")
+        one.end()
+        assert value_of(client, "x") == "41", "the kernel does not need its server"
+        row = ps()[ID]
+        assert row["owner"] == {"host": row["owner"]["host"], "pid": one.process.pid, "alive": False}
+        assert row["lease_left"] == {"seconds": 24 * 3600.0, "at_most": True}
+        two = host(heir)
+        assert two.ask(f"start {ID} py") == {"connection": connection}
+        assert (value_of(client, "x + 1"), value_of(client, "__import__('os').getpid()")) == ("42", pid)
+        row = ps()[ID]
+        assert (row["owner"]["pid"], row["owner"]["alive"], row["lease_left"]) == (two.process.pid, True, None)
+        refused = host().ask(f"start {ID} py")
+        assert "[OwnedByAnotherServer]" in refused["text"]
+        assert f"pid {two.process.pid} at" in refused["text"]
+        assert value_of(client, "x") == "41"
+        assert two.ask(f"shutdown {ID}") == {"done": True}
+    installation.check_nothing_left()
+
+
+async def test_after_a_takeover_interrupt_restart_and_autorestart_work(
+    installation: Installation, host: Callable[..., Host]
+) -> None:
+    one = host()
+    connection = one.ask(f"start {ID} py")["connection"]
+    with client_of(connection) as client:
+        client.execute("x = 41", reply=True, timeout=30)
+    one.end()
+    manager = AsyncMappingKernelManager()
+    await manager.start_kernel(kernel_id=ID, kernel_name="py")
+    km = manager.get_kernel(ID)
+    client = km.client()
+    client.start_channels()
+    try:
+        await client.wait_for_ready(timeout=60)
+
+        async def get(expression: str) -> str:
+            reply = await client._async_execute_interactive("", user_expressions={"it": expression}, timeout=30)
+            told = reply["content"]["user_expressions"]["it"]
+            return str(told["data"]["text/plain"] if told["status"] == "ok" else told["ename"])
+
+        assert await get("x") == "41"
+        endless = client.execute("import time\nwhile True: time.sleep(0.01)", reply=True, timeout=30)
+        endless = asyncio.ensure_future(endless)
+        await asyncio.sleep(1)
+        await manager.interrupt_kernel(ID)
+        assert (await endless)["content"]["ename"] == "KeyboardInterrupt"
+        assert await get("x") == "41"
+        await manager.restart_kernel(ID)
+        await client.wait_for_ready(timeout=60)
+        assert await get("x") == "NameError"
+        pid = int(await get("__import__('os').getpid()"))
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while km.provisioner._kernel.record.run < 3 or not await km.is_alive():
+            assert time.monotonic() < deadline, "it was not restarted"
+            await asyncio.sleep(0.1)
+        await client.wait_for_ready(timeout=60)
+        assert int(await get("__import__('os').getpid()")) != pid
+    finally:
+        client.stop_channels()
+        await manager.shutdown_kernel(ID, now=True)
+
+
+def test_the_wrong_user_and_a_recorded_port_that_is_taken_are_told(
+    installation: Installation, host: Callable[..., Host]
+) -> None:
+    env = {"GP_USER_SOURCE": "client"}
+    one = host(**env)
+    connection = one.ask(f"start {ID} py ada")["connection"]
+    with client_of(connection) as client:
+        client.execute("x = 41", reply=True, timeout=30)
+        one.end()
+        two = host(**env)
+        refused = two.ask(f"start {ID} py eve")
+        assert refused["error"] == "LaunchDenied"
+        assert "belongs to user 'ada': user 'eve' may not take it over" in refused["text"]
+        bind = json.loads((installation.data_dir / "kernels" / f"{ID}.json").read_text())["bind"]
+        port = int(bind.rpartition(":")[2])
+        with socket.create_server(("127.0.0.1", port)):
+            refused = two.ask(f"start {ID} py ada")
+            assert "[CallbackPortTaken]" in refused["text"]
+            assert f"pid {os.getpid()}" in refused["text"]
+        assert two.ask(f"start {ID} py ada") == {"connection": connection}
+        assert value_of(client, "x") == "41"
+        assert two.ask(f"shutdown {ID}") == {"done": True}
 
 
 # Kernel and launcher, at every stage of a start

@@ -1,0 +1,41 @@
+"""A host application to be killed: many kernels by a MappingKernelManager, driven by lines, one JSON answer a line.
+
+Argument: name of the manager's class in `jupyter_server`. Lines: ``start KERNEL_ID KERNELSPEC [USER]``,
+``shutdown KERNEL_ID``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from typing import Any
+
+from jupyter_server.services.kernels import kernelmanager
+
+
+def say(**what: Any) -> None:
+    print(json.dumps(what), flush=True)
+
+
+async def main() -> None:
+    manager = getattr(kernelmanager, sys.argv[1])()
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    say(pid=os.getpid())
+    while words := (await reader.readline()).decode().split():
+        try:
+            if words[0] == "start":
+                env = {**os.environ, **({"KERNEL_USERNAME": words[3]} if len(words) > 3 else {})}
+                await manager.start_kernel(kernel_id=words[1], kernel_name=words[2], env=env)
+                info = manager.get_kernel(words[1]).get_connection_info()
+                say(connection={**info, "key": info["key"].decode()})
+            else:
+                await manager.shutdown_kernel(words[1], now=True)
+                say(done=True)
+        except Exception as error:
+            say(error=type(error).__name__, text=str(error))
+
+
+asyncio.run(main())
