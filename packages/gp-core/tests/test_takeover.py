@@ -26,6 +26,7 @@ from gp_core import takeover
 from gp_core._markers import hookimpl
 from gp_core.errors import (
     CALLBACK_PORT_TAKEN,
+    ENDPOINT_TAKEN,
     LAUNCHER_NOT_BACK,
     OWNED,
     SERVER_KEY_CHANGED,
@@ -276,6 +277,86 @@ async def test_a_kernel_that_only_its_launcher_confirms(own: Own, manager: Make)
     await km.shutdown_kernel(now=True)
 
 
+async def test_relayed_channels_have_the_same_endpoints(
+    own: Own, manager: Make, installation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"channels": "relay"}
+    owner = own(config=config)
+    told = owner.hear()
+    km = manager(config=config)
+    km.shell_port, km.ip = told["shell_port"], told["ip"]
+    before = ask(km)
+    owner.kill()
+    with pytest.raises(ConnectionRefusedError):  # the endpoints are the server's
+        ask(km)
+    km = manager(config=config)
+    await km.start_kernel(kernel_id=ID)
+    assert km.shell_port == told["shell_port"]
+    assert ask(km)["pid"] == before["pid"]
+    await km.restart_kernel(now=True)
+    assert km.shell_port == told["shell_port"]
+    assert ask(km)["pid"] != before["pid"]
+    launchers()[0].kill()
+    await until(lambda: km.provisioner._kernel.exit_code is not None)
+    await km.restart_kernel(now=True)
+    assert km.shell_port == told["shell_port"]
+    assert ask(km)["pid"]
+    await km.shutdown_kernel(now=True)
+    await nothing_left(installation)
+
+
+async def test_relayed_channels_are_back_before_anybody_asks_for_the_kernel(
+    own: Own, manager: Make, installation: Path
+) -> None:
+    config = {"channels": "relay"}
+    told = orphan(own, config=config)
+    server, km = kernel_server(), manager(config=config)
+    await runtime().call(server.open())
+    await runtime().call(server.listen_at(ID, record(installation).bind))
+    await until(lambda: ID in server.kernels and server.kernels[ID].session, 20)
+    km.shell_port, km.ip = told["shell_port"], told["ip"]
+    assert ask(km)["pid"]
+    km = manager(config=config)
+    await km.start_kernel(kernel_id=ID)
+    assert ask(km)["pid"]
+    await km.shutdown_kernel(now=True)
+
+
+async def test_an_endpoint_that_a_stranger_has_is_told_and_the_lease_given_back(
+    own: Own, manager: Make, installation: Path
+) -> None:
+    config = {"channels": "relay"}
+    told = orphan(own, config=config)
+    former = record(installation)
+    with socket.create_server(("127.0.0.1", told["iopub_port"])):
+        with pytest.raises(LaunchFailed, match=rf"iopub channel cannot listen .*port {told['iopub_port']}") as caught:
+            await manager(config=config).start_kernel(kernel_id=ID)
+        assert caught.value.failure is ENDPOINT_TAKEN
+        assert record(installation) == former
+        assert kernel_server().kernels == {}
+    km = manager(config=config)
+    await km.start_kernel(kernel_id=ID)
+    assert ask(km)["pid"]
+    await km.shutdown_kernel(now=True)
+
+
+@pytest.mark.parametrize(("was", "wanted"), [("direct", "relay"), ("relay", "direct")])
+async def test_a_running_kernel_keeps_its_kind_of_channels(own: Own, manager: Make, was: str, wanted: str) -> None:
+    told = orphan(own, config={"channels": was})
+    km = manager(config={"channels": wanted})
+    await km.start_kernel(kernel_id=ID)
+    assert (km.shell_port, ask(km)["pid"] > 0) == (told["shell_port"], True)
+    await km.restart_kernel(now=True)
+    assert (km.shell_port, ask(km)["pid"] > 0) == (told["shell_port"], True)
+    assert (km.provisioner._kernel.relay is None) == (was == "direct")
+    launchers()[0].kill()  # a new launch is as the kernelspec says now
+    await until(lambda: km.provisioner._kernel.exit_code is not None)
+    await km.restart_kernel(now=True)
+    assert (km.shell_port, ask(km)["pid"] > 0) == (told["shell_port"], True)
+    assert (km.provisioner._kernel.relay is None) == (wanted == "direct")
+    await km.shutdown_kernel(now=True)
+
+
 async def test_curve_keys_stay(own: Own, manager: Make) -> None:
     if not hasattr(KernelManager, "transport_encryption"):
         pytest.skip("this jupyter_client has no transport_encryption")
@@ -518,8 +599,7 @@ async def dying(*args, **kwargs):
 {step[0]}.{step[1]} = dying
 """
     assert own(variables={"OWNER_PATCH": patch}).hear() == {}
-    await until(lambda: len(launchers()) == 1)  # a fork of it has its command line, until it is the kernel
-    (launcher,) = launchers()
+    launcher = launchers()[0]  # a fork of it has the same command line, until it is the kernel
     km = manager()
     await km.start_kernel(kernel_id=ID)
     assert launchers() == [launcher]

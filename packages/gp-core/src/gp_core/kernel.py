@@ -104,7 +104,6 @@ class RemoteKernel:
         self.session: Session | None = None
         self.capabilities: frozenset[str] = frozenset()
         self.relay: Relay | None = None  #: None if clients connect to the kernel's own ports
-        self._buffer = 0
         self.inherited = False  #: another process started it
         self.user: object | None = None  #: the manager of this process that has it; None: it is only kept alive
         self.leaving = False  #: it is being removed
@@ -155,7 +154,7 @@ class RemoteKernel:
         launching: asyncio.Task[Handle] | None = None
         started, timeout = time.monotonic(), plugins().timeout(self.info, "launch", plan.timeout)
         try:
-            await self._open_relay(plan)
+            await self._choose_channels(plan)
             await self._save()
             extra = await plugins().before_launch(plan.request)
             request = self._complete(plan, token, extra)
@@ -211,7 +210,8 @@ class RemoteKernel:
         timeout = plugins().timeout(self.info, "launch", plan.timeout)
         message = protocol.restart(self.record.run, env=request.env, argv=request.argv, cwd=request.cwd)
         try:
-            await self._open_relay(plan)
+            if self.relay is not None:
+                await self.relay.open()  # jupyter_client has removed the paths of ipc
             await self._save()
             self._restart = message
             self._send(message)
@@ -294,6 +294,8 @@ class RemoteKernel:
     async def disown(self, former: Record) -> None:
         """Let another server have a kernel that could not be taken over: it has the lease that it had."""
         self._stop_looking()
+        if self.relay is not None:
+            self.relay.close()
         try:
             await self._records.put(replace(self.record, owner=former.owner, left=former.left))
         except StoreError as error:
@@ -309,13 +311,25 @@ class RemoteKernel:
         """What a client needs to connect; the host is the platform's word, not the launcher's."""
         return self.record.endpoints
 
-    async def _open_relay(self, plan: Plan) -> None:
-        """Open the client's endpoints; they stay for the kernel's life, whatever becomes of its launchers."""
+    async def _choose_channels(self, plan: Plan) -> None:
+        """Do as the plan says about the client's endpoints; relayed ones stay, whatever becomes of launchers."""
+        self.record.channels, self.record.blackout_buffer = "direct", 0
         if plan.far is not None:
-            self.relay = self.relay or Relay(self.info.kernel_id, plan.connection)
-            await self.relay.open()
-            self.record.connection |= self.relay.endpoint
-            self._buffer = plan.blackout_buffer
+            self.record.channels, self.record.blackout_buffer = "relay", plan.blackout_buffer
+            self.record.connection |= await self.open_relay()
+        elif self.relay is not None:
+            self.relay.close()
+            self.relay = None
+
+    async def open_relay(self) -> dict[str, Any]:
+        """Open the client's endpoints, those of the record if it has them, and return where they are.
+
+        Raises:
+            LaunchFailed: One of them is taken.
+        """
+        self.relay = self.relay or Relay(self.info.kernel_id, self.record.connection)
+        await self.relay.open()
+        return self.relay.endpoint
 
     def _begin_start(self) -> None:
         self._starting = True
@@ -406,7 +420,7 @@ class RemoteKernel:
                 text = f"its launcher ({hello.launcher}) cannot carry channels"
                 self._report(Report("exited", reason=LAUNCHER_TOO_OLD, detail=text))
                 raise ProtocolError(text)
-            carried = self.relay.connected(session, hello.relay, self._buffer)
+            carried = self.relay.connected(session, hello.relay, self.record.blackout_buffer)
             session.ping = RELAY_PING
         if not again:
             self.record.secret = protocol.digest(hello.secret)

@@ -196,7 +196,8 @@ class KernelServer(LoggingConfigurable):
             The kernel; it may be kept by this process already. None if there is no record any more.
 
         Raises:
-            LaunchFailed: It belongs to another server that lives, or to another manager of this process.
+            LaunchFailed: It belongs to another server that lives or to another manager of this process, or one of its
+                endpoints is taken.
             PluginError: Its backend is not installed.
         """
         from .kernel import RemoteKernel
@@ -211,6 +212,12 @@ class KernelServer(LoggingConfigurable):
                 if taken.owner != self.owner:
                     raise owned(taken)
                 kernel.record, kernel.inherited = taken, True
+                if taken.channels == "relay":  # before its launcher is let in: clients wait for them
+                    try:
+                        await kernel.open_relay()
+                    except BaseException:
+                        await kernel.disown(record)
+                        raise
                 self.kernels[record.kernel_id] = kernel
             if user is not None and kernel.user is not None:
                 raise owned(kernel.record)

@@ -77,6 +77,8 @@ class Record:
         bind: ``host:port`` that its launcher calls back to; several are separated by commas.
         pins: Certificates that its launcher trusts, as `Identity` has them; empty if the record is an old one.
         launcher_protocol: 1: its launcher never calls back again, and has no lease.
+        channels: "relay": ``connection`` is what its server listens on, and its launcher carries the rest; or "direct".
+        blackout_buffer: Bytes of output that the launcher keeps while nobody takes it.
         orphan_timeout: Seconds without a server until the launcher ends the kernel.
         created: Seconds since the epoch.
     """
@@ -99,6 +101,8 @@ class Record:
     bind: str = ""
     pins: str = ""
     launcher_protocol: int = 2
+    channels: str = "direct"
+    blackout_buffer: int = 0
     orphan_timeout: float = 600.0
     created: float = 0.0
 
