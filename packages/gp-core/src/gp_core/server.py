@@ -88,6 +88,11 @@ class KernelServer(LoggingConfigurable):
         self._opening: asyncio.Lock | None = None
         self.protocol1: Protocol1 | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the listener is open; from any thread."""
+        return self.rendezvous is not None
+
     async def open(self) -> None:
         """Open the listener, once; runs on the runtime's loop."""
         self._opening = self._opening or asyncio.Lock()
