@@ -101,7 +101,7 @@ class RemoteKernel:
         self._restart: Message | None = None  # until the launcher confirms that run
         self._looking: asyncio.Task[None] | None = None
         self._records = InTurn(server.store)
-        self._announcer = Announcer(self.info, self.log, plugins().kernel_event)
+        self._announcer = Announcer(self.info, self.log, plugins().kernel_event, plugins().hear_events)
         self._lingering: asyncio.TimerHandle | None = None
 
     @classmethod
