@@ -141,10 +141,11 @@ class RemoteKernel:
             # a task of its own: when the start is cancelled the backend still tells what it has started
             launching = asyncio.create_task(self.backend.launch(request))
             record.handle = await self._launched(launching, timeout)
-            await self._save()
+            recorded = runtime().loop.create_task(self._save())  # while the launcher starts
             self._tell(Event.LAUNCHED)
             await self._confirm(plan, timeout, started, watch=True)
-            await self._save()
+            await recorded  # whoever takes the kernel over needs the handle; the rest the launcher tells again
+            self._save_soon()
         except BaseException as error:
             await self._give_up(error, launching)
             raise
@@ -192,7 +193,7 @@ class RemoteKernel:
             self._send(message)
             self._report(Report("connected"))
             await self._confirm(plan, timeout, time.monotonic(), watch=False)
-            await self._save()
+            self._save_soon()
         except BaseException as error:
             await self._give_up(error, None)
             raise
