@@ -137,6 +137,9 @@ class RemoteKernel:
             request = self._complete(plan, token, extra)
             if plan.older is not None and self.server.protocol1 is not None:
                 self.server.protocol1.expect(self, plan.older)
+            if self.backend.runs_here:
+                await self.server.gate.enter(self._connected)
+                started = time.monotonic()  # the others' time is not this kernel's silence
             self._tell(Event.LAUNCHING)
             # a task of its own: when the start is cancelled the backend still tells what it has started
             launching = asyncio.create_task(self.backend.launch(request))

@@ -18,6 +18,7 @@ from gp_launchers import bundle
 from . import protocol
 from .backend import State
 from .errors import ConfigError, GPError, LaunchDenied
+from .gate import Gate
 from .identity import Identity
 from .plugins import plugins
 from .policies import Policy, check_limit
@@ -85,6 +86,7 @@ class KernelServer(LoggingConfigurable):
         self.launcher_file = Path()
         self.own_user = ""  #: name of the user that this process runs as
         self.port = 0
+        self.gate = Gate()
         self._opening: asyncio.Lock | None = None
         self.protocol1: Protocol1 | None = None
 
