@@ -163,7 +163,9 @@ async def test_events_reach_everybody_whatever_one_does(loaded: Plugins, caplog:
     async def hear(kernel: KernelInfo, event: KernelEvent) -> None:
         heard.append(event.event)
 
+    assert not loaded.hear_events()
     loaded.register(plugin(gp_kernel_event=hear), "one")
+    assert loaded.hear_events()
     loaded.register(plugin(gp_kernel_event=lambda event: 1 / 0), "broken")
     await loaded.kernel_event(KERNEL, KernelEvent(event=Event.LISTENING))
     assert heard == [Event.LISTENING]

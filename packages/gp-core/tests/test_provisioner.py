@@ -34,12 +34,14 @@ from gp_core.errors import (
     LaunchFailed,
     LaunchTimeout,
     PluginError,
+    StoreError,
 )
 from gp_core.events import Event, KernelEvent
 from gp_core.kernel import RemoteKernel
 from gp_core.local import LocalBackend
+from gp_core.planning import Planner
 from gp_core.runtime import runtime
-from gp_core.store import FileStore
+from gp_core.store import FileStore, Record
 
 from .conftest import TINY, Specs, ask, kernelspec, launchers, nothing_left, until
 
@@ -386,6 +388,62 @@ async def test_a_store_that_cannot_be_written_starts_nothing(
     with pytest.raises(HTTPError, match="cannot be written"):
         await km.start_kernel()
     assert not launchers()
+
+
+async def test_the_handle_is_on_disk_when_a_start_is_reported(
+    manager: Make, installation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = FileStore.put
+
+    def slow(self: FileStore, record: Record) -> None:
+        time.sleep(0.5 if record.handle else 0)
+        original(self, record)
+
+    monkeypatch.setattr(FileStore, "put", slow)
+    km = manager()
+    await km.start_kernel()
+    record = FileStore(installation / "kernels").get(km.kernel_id)
+    assert record is not None
+    assert record.handle is not None
+    await km.shutdown_kernel(now=True)
+
+
+async def test_a_last_record_that_cannot_be_written_is_told_in_the_log(
+    manager: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = FileStore.put
+
+    def full(self: FileStore, record: Record) -> None:
+        if record.state == "running":
+            raise StoreError("No space left")
+        original(self, record)
+
+    monkeypatch.setattr(FileStore, "put", full)
+    km = manager()
+    await km.start_kernel()
+    await until(lambda: f"record of kernel {km.kernel_id} failed" in caplog.text)
+    await km.shutdown_kernel(now=True)
+
+
+async def test_every_plan_has_a_turn_of_the_loop_to_itself(manager: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, turn, planned = asyncio.get_running_loop(), 0, list[int]()
+    original = Planner.plan
+
+    def plan(self: Planner, *args: Any) -> Any:
+        planned.append(turn)
+        return original(self, *args)
+
+    def count() -> None:
+        nonlocal turn, timer
+        turn, timer = turn + 1, loop.call_soon(count)
+
+    monkeypatch.setattr(Planner, "plan", plan)
+    timer = loop.call_soon(count)
+    managers = [manager() for _ in range(3)]
+    await asyncio.gather(*(km.start_kernel() for km in managers))
+    timer.cancel()
+    assert len(set(planned)) == 3
+    await asyncio.gather(*(km.shutdown_kernel(now=True) for km in managers))
 
 
 # Restart

@@ -133,8 +133,10 @@ asyncio.run(runtime().call(start()))
 """
 
 
-def test_the_end_of_the_process_waits_for_clean_ups() -> None:
-    done = subprocess.run([sys.executable, "-c", CLEANING], capture_output=True, text=True, timeout=30, check=False)
+@pytest.mark.parametrize("what", ["clean-up", "record"])
+def test_the_end_of_the_process_waits_for_clean_ups_and_records(what: str) -> None:
+    code = CLEANING.replace("clean-up", what)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert done.stdout == "cleaned\n"
 
 

@@ -1,3 +1,4 @@
+import asyncio
 import dataclasses
 import json
 import logging
@@ -5,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
@@ -13,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gp_core.errors import StoreError
-from gp_core.store import FileStore, Owner, Record
+from gp_core.runtime import runtime
+from gp_core.store import FileStore, InTurn, Owner, Record
 
 
 def record(kernel_id: str = "k1", **more: object) -> Record:
@@ -175,3 +178,60 @@ def test_reading_a_record_never_fails_in_another_way(data: object) -> None:
         Record.from_json(json.dumps(data))
     except StoreError:
         pass
+
+
+class SlowStore(FileStore):
+    """Notes what is written, and writes only when it may."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.may, self.written = threading.Event(), list[str]()
+
+    def put(self, record: Record) -> None:
+        self.may.wait(5)
+        self.written.append(record.state)
+        if record.state == "bad":
+            raise StoreError("no")
+        super().put(record)
+
+
+async def in_turn(store: SlowStore, *states: str) -> list[object]:
+    """Write some records one after the other, the first of which is slow, or remove them; return what came of each."""
+
+    async def use() -> list[object]:
+        turns, asked = InTurn(store), []
+        for state in states:
+            work = turns.remove("k1") if state == "removed" else turns.put(record(state=state))
+            asked.append(asyncio.create_task(work))
+            await asyncio.sleep(0.01)
+        store.may.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    return await runtime().call(use())
+
+
+async def test_a_record_that_waits_gives_way_to_a_newer_one(tmp_path: Path) -> None:
+    store = SlowStore(tmp_path / "kernels")
+    assert await in_turn(store, "first", "second", "third") == [None] * 3
+    assert store.written == ["first", "third"]
+
+
+async def test_everybody_who_waits_for_a_write_hears_that_it_failed(tmp_path: Path) -> None:
+    first, *others = await in_turn(SlowStore(tmp_path / "kernels"), "first", "second", "bad")
+    assert first is None
+    assert [type(other) for other in others] == [StoreError] * 2
+
+
+@pytest.mark.parametrize(
+    ("states", "left"),
+    [
+        (("first", "second", "removed"), None),
+        (("first", "second", "removed", "fourth"), "fourth"),
+        (("first", "removed", "third", "fourth", "removed"), None),
+    ],
+)
+async def test_writes_and_removals_keep_their_order(tmp_path: Path, states: tuple[str, ...], left: str | None) -> None:
+    store = SlowStore(tmp_path / "kernels")
+    assert await in_turn(store, *states) == [None] * len(states)
+    found = store.get("k1")
+    assert (found and found.state) == left

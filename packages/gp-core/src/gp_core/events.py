@@ -71,6 +71,7 @@ class Announcer:
         kernel: Whose events they are.
         log: Of the host application, where its operator reads.
         tell_plugins: Tells every plugin of an event.
+        heard: Whether any plugin listens; a task for every event of every kernel costs the process something.
     """
 
     def __init__(
@@ -78,16 +79,20 @@ class Announcer:
         kernel: KernelInfo,
         log: logging.Logger,
         tell_plugins: Callable[[KernelInfo, KernelEvent], Awaitable[None]],
+        heard: Callable[[], bool] = lambda: True,
     ) -> None:
         self._kernel = kernel
         self._log = log
         self._tell_plugins = tell_plugins
+        self._heard = heard
         self._last: asyncio.Task[None] | None = None
 
     def tell(self, event: KernelEvent) -> None:
         """Announce an event and return at once."""
         level = logging.DEBUG if event.event in ROUTINE else logging.INFO
         self._log.log(level, "kernel %s: %s", self._kernel.kernel_id, f"{event.event.value} {event.detail}".rstrip())
+        if not self._heard():
+            return
         before = self._last
 
         async def told() -> None:

@@ -115,7 +115,7 @@ class RemoteKernel:
         self._restart: Message | None = None  # until the launcher confirms that run
         self._looking: asyncio.Task[None] | None = None
         self._records = InTurn(server.store)
-        self._announcer = Announcer(self.info, self.log, plugins().kernel_event)
+        self._announcer = Announcer(self.info, self.log, plugins().kernel_event, plugins().hear_events)
         self._lingering: asyncio.TimerHandle | None = None
 
     @classmethod
@@ -160,14 +160,18 @@ class RemoteKernel:
             request = self._complete(plan, token, extra)
             if plan.older is not None and self.server.protocol1 is not None:
                 self.server.protocol1.expect(self, plan.older)
+            if self.backend.runs_here:
+                await self.server.gate.enter(self._connected)
+                started = time.monotonic()  # the others' time is not this kernel's silence
             self._tell(Event.LAUNCHING)
             # a task of its own: when the start is cancelled the backend still tells what it has started
             launching = asyncio.create_task(self.backend.launch(request))
             record.handle = await self._launched(launching, timeout)
-            await self._save()
+            recorded = runtime().loop.create_task(self._save())  # while the launcher starts
             self._tell(Event.LAUNCHED)
             await self._confirm(plan, timeout, started, watch=True)
-            await self._save()
+            await recorded  # whoever takes the kernel over needs the handle; the rest the launcher tells again
+            self._save_soon()
         except BaseException as error:
             await self._give_up(error, launching)
             raise
@@ -217,7 +221,7 @@ class RemoteKernel:
             self._send(message)
             self._report(Report("connected"))
             await self._confirm(plan, timeout, time.monotonic(), watch=False)
-            await self._save()
+            self._save_soon()
         except BaseException as error:
             await self._give_up(error, None)
             raise

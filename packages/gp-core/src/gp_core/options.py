@@ -8,8 +8,10 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from traitlets import (
@@ -156,14 +158,16 @@ POLICY = (
 )
 
 
-def _configurable(cls: type[HasTraits]) -> dict[str, TraitType[Any, Any]]:
-    return cls.class_traits(config=True)
+@functools.cache
+def configurable(cls: type[HasTraits]) -> Mapping[str, TraitType[Any, Any]]:
+    """Return the options of a class by name; looked up once, because traitlets goes through all members each time."""
+    return MappingProxyType(cls.class_traits(config=True))
 
 
 def launch_options(backend: type[Backend]) -> dict[str, TraitType[Any, Any]]:
     """Return every option that a kernel.json of this backend may set freely, by name."""
-    common = {name: trait for name, trait in _configurable(ProvisionerOptions).items() if name not in POLICY}
-    return {**common, **_configurable(backend)}
+    common = {name: trait for name, trait in configurable(ProvisionerOptions).items() if name not in POLICY}
+    return {**common, **configurable(backend)}
 
 
 @dataclass(frozen=True)
@@ -188,10 +192,10 @@ def choose(config: Mapping[str, Any], backend: type[Backend], operator: Policy) 
         ConfigError: An unknown or forbidden key, or a wrong value; the text names the key and what to do.
     """
     known = launch_options(backend)
-    common = _configurable(ProvisionerOptions)
+    common = configurable(ProvisionerOptions)
     chosen = Chosen({}, {}, narrowed(operator, config), {})
     for key, value in config.items():
-        if key in _configurable(KernelServer):
+        if key in configurable(KernelServer):
             raise ConfigError(f"{key} belongs to the whole server: set it in its configuration, not in kernel.json")
         if key in POLICY:
             if key == "env_passthrough":

@@ -18,7 +18,7 @@ from .backend import Backend, LaunchRequest
 from .command import fill, launch_environment, names_our_launcher, placeholders
 from .errors import ConfigError, LaunchDenied
 from .kernel import Plan
-from .options import ProvisionerOptions, choose
+from .options import ProvisionerOptions, choose, configurable
 from .parameters import from_client, from_schema
 from .policies import Policy, check_user, opened, resolve_user
 from .ports import PortRange
@@ -97,8 +97,9 @@ class Planner:
             LaunchDenied: Policy forbids the user.
         """
         policy = self._chosen.policy
-        client = dict(requested if requested is not None else os.environ)
-        user = resolve_user(self.server.user_source, client, os.environ, self.server.own_user)
+        process = dict(os.environ)  # once: every look into os.environ encodes and decodes
+        client = requested if requested is not None else process
+        user = resolve_user(self.server.user_source, client, process, self.server.own_user)
         check_user(policy, user)
         if policy.impersonation_enabled and not self.backend.impersonates:
             raise LaunchDenied(
@@ -108,7 +109,7 @@ class Planner:
         parameters = self._parameters(policy, client)
         timeout = parameters.pop("launch_timeout", self.options.launch_timeout)
         passed = self.options.env_passthrough
-        env = launch_environment(kernelspec=self.spec.env, requested=requested, process=os.environ, passed=passed)
+        env = launch_environment(kernelspec=self.spec.env, requested=requested, process=process, passed=passed)
         env |= {"KERNEL_ID": self.kernel_id, "KERNEL_USERNAME": user}
         words = {name: value for name, value in kwargs.items() if isinstance(value, (str, int))}
         argv, wrapped = self._command(extra, {**words, **parameters}, policy.port_range)
@@ -130,7 +131,7 @@ class Planner:
                 self.server, self.kernel_id, policy.port_range, self.orphan_timeout, local=self.backend.runs_here
             ),
         )
-        fitting = {name: value for name, value in parameters.items() if name in self.backend.class_traits(config=True)}
+        fitting = {name: value for name, value in parameters.items() if name in configurable(self.backend)}
         connection = self._connection(old)
         plan = Plan(
             request=request,

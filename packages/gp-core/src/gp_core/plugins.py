@@ -169,6 +169,10 @@ class Plugins:
                 found += [handle for handle in result or () if handle not in found]
         return found
 
+    def hear_events(self) -> bool:
+        """Whether any plugin listens to events."""
+        return bool(self._manager.hook.gp_kernel_event.get_hookimpls())
+
     async def kernel_event(self, kernel: KernelInfo, event: KernelEvent) -> None:
         """Tell every plugin of an event; one that fails is logged."""
         for name, result in await self._each("gp_kernel_event", kernel=kernel, event=event):

@@ -22,7 +22,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 
@@ -143,8 +144,9 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         server = kernel_server(self.config)
         # before the listener is opened, which forgets kernels that have ended: their ports and keys serve once more
         former = await runtime().call(takeover.find(server, self.kernel_id)) if self._kernel is None else None
-        planner = await self._planner(server)
-        planned = planner.plan(requested, extra, kwargs, self.connection_info)
+        async with _own_turn():
+            planner = await self._planner(server)
+            planned = planner.plan(requested, extra, kwargs, self.connection_info)
         if former is not None:
             try:
                 takeover.check(server, former, planned.plan.request, encrypted=planner.encryption_required)
@@ -275,7 +277,8 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         older = config.get("launcher_protocol") in (1, "1")
         # options and policy are checked first: a kernelspec that cannot be opens no port
         planner = Planner(server, self.kernel_id, self.kernel_spec, manager, self, config, self._backend)
-        await runtime().call(server.open_protocol_1() if older else server.open())
+        if older or not server.is_open:
+            await runtime().call(server.open_protocol_1() if older else server.open())
         return planner
 
     async def _new_kernel(self, planned: Planned) -> RemoteKernel:
@@ -292,6 +295,17 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
         kernel = RemoteKernel(server, backend, record)
         await server.admit(kernel, planned.policy)
         return kernel
+
+
+_turns: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = weakref.WeakKeyDictionary()
+
+
+@contextlib.asynccontextmanager
+async def _own_turn() -> AsyncIterator[None]:
+    """Wait for a turn of the host's loop without another plan in it: fifty in one turn would stop it for a while."""
+    async with _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+        await asyncio.sleep(0)
+        yield
 
 
 LINGER = 0.15  # seconds for which an undelivered request can still reach somebody

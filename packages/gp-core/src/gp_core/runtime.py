@@ -125,9 +125,9 @@ class Runtime:
 
     async def _finish(self) -> None:
         await asyncio.gather(*(last() for last in self.at_exit), return_exceptions=True)
-        cleanups = [task for task in self._tasks if task.get_name().startswith("clean-up")]
-        if cleanups:
-            await asyncio.wait(cleanups)
+        last = [task for task in self._tasks if task.get_name().startswith(("clean-up", "record"))]
+        if last:
+            await asyncio.wait(last)
 
 
 _current: Runtime | None = None

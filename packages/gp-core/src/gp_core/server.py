@@ -20,6 +20,7 @@ from gp_launchers import bundle
 from . import protocol
 from .backend import State
 from .errors import CALLBACK_PORT_TAKEN, OWNED, ConfigError, GPError, LaunchDenied, LaunchFailed
+from .gate import Gate
 from .identity import Identity
 from .plugins import plugins
 from .policies import Policy, check_limit
@@ -83,9 +84,15 @@ class KernelServer(LoggingConfigurable):
         self.launcher_file = Path()
         self.own_user = ""  #: name of the user that this process runs as
         self.port = 0
+        self.gate = Gate()
         self._opening: asyncio.Lock | None = None
         self._leases = asyncio.Lock()  # held while the owner of a kernel changes
         self.protocol1: Protocol1 | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the listener is open; from any thread."""
+        return self.rendezvous is not None
 
     async def open(self) -> None:
         """Open the listener, once; runs on the runtime's loop."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import functools
 import json
 import logging
 import os
@@ -274,11 +273,13 @@ class InTurn:
     """One kernel's use of a store, in the order in which it was asked for.
 
     A write whose caller was cancelled still happens on its thread, and must not come after the removal that follows.
+    A record whose turn has not come gives way to a newer one: both callers wait for that.
     """
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._last: asyncio.Task[None] | None = None
+        self._queued: list[Record] | None = None  # what the last one will write, until its turn has come
 
     async def put(self, record: Record) -> None:
         """Write a record.
@@ -286,7 +287,12 @@ class InTurn:
         Raises:
             StoreError: See `FileStore.put`.
         """
-        await self._next(functools.partial(self._store.put, record))
+        if self._queued is not None:
+            self._queued[0] = record
+        else:
+            self._queued = queued = [record]
+            self._append(lambda: self._store.put(queued[0]), queued)
+        await self._done()
 
     async def remove(self, kernel_id: str) -> None:
         """Forget a kernel.
@@ -294,18 +300,25 @@ class InTurn:
         Raises:
             StoreError: See `FileStore.remove`.
         """
-        await self._next(functools.partial(self._store.remove, kernel_id))
+        self._queued = None
+        self._append(lambda: self._store.remove(kernel_id))
+        await self._done()
 
-    async def _next(self, use: Callable[[], None]) -> None:
+    def _append(self, use: Callable[[], None], queued: list[Record] | None = None) -> None:
         before = self._last
 
         async def turn() -> None:
-            if before is not None:
+            if before is not None and not before.done():
                 await asyncio.wait({before})
+            if self._queued is queued:
+                self._queued = None
             await blocking(use)
 
         self._last = asyncio.create_task(turn())
         self._last.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, if nobody waits
+
+    async def _done(self) -> None:
+        assert self._last is not None
         await asyncio.shield(self._last)
 
 
