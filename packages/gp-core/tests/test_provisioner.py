@@ -511,6 +511,30 @@ async def test_an_autorestart_that_fails_again_and_again_ends_in_dead(manager: M
     await km.shutdown_kernel(now=True)
 
 
+async def test_a_kernelspec_that_names_our_launcher_restarts_too(manager: Make) -> None:
+    options = ["--kernel-id", "{kernel_id}", "--response-address", "{response_address}", "--public-key", "{public_key}"]
+    km = manager("python3", "-m", "gp_launchers", *options, "--", "python3", str(TINY), "{connection_file}", "serve")
+    await km.start_kernel()
+    first = ask(km)["pid"]
+    for now in (True, False):
+        await km.restart_kernel(now=now)
+        assert ask(km)["pid"] != first
+    await km.shutdown_kernel(now=True)
+
+
+async def test_a_plugin_that_fails_to_say_a_timeout_leaves_nothing(manager: Make, installation: Path) -> None:
+    class Broken:
+        @hookimpl
+        def gp_timeout(self, phase: str) -> float:
+            raise ValueError("no idea")
+
+    plugins_module.plugins().register(Broken(), "broken")
+    km = manager()
+    with pytest.raises(PluginError, match="how long 'launch' may take: ValueError: no idea"):
+        await km.start_kernel()
+    await nothing_left(installation)
+
+
 async def test_a_restart_survives_a_lost_session(started: AsyncKernelManager) -> None:
     launcher = launchers()
     lost(started)

@@ -143,3 +143,36 @@ def test_the_end_of_the_process_waits_for_clean_ups_and_records(what: str) -> No
 def test_nothing_is_started_by_an_import() -> None:
     code = "import gp_core.local, threading; assert threading.active_count() == 1, threading.enumerate()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+
+
+async def test_calls_that_hang_delay_no_others() -> None:
+    free = threading.Event()
+
+    async def many() -> None:
+        hanging = [asyncio.ensure_future(blocking(free.wait, 20)) for _ in range(20)]
+        await asyncio.sleep(0)
+        began = time.monotonic()
+        await blocking(int)
+        assert time.monotonic() - began < 5
+        free.set()
+        await asyncio.gather(*hanging)
+
+    await runtime().call(many())
+
+
+def test_threads_that_come_together_share_one_server(installation: object) -> None:
+    from gp_core.plugins import plugins
+    from gp_core.server import kernel_server
+
+    together, found = threading.Barrier(12), []
+
+    def first() -> None:
+        together.wait()
+        found.append((kernel_server(), plugins()))
+
+    threads = [threading.Thread(target=first) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1

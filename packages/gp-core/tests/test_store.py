@@ -53,7 +53,14 @@ def test_secrets_are_not_in_the_repr() -> None:
     assert not any(word in shown for word in ("TOKEN", "SECRET", "KEY"))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"kernel_id": 3}', '{"kernel_id": "other"}', "\x00"])
+NEARLY = '{"kernel_id": "k2", "kernel_name": "x", "user": "u", "backend": "local", %s}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "{}", '{"kernel_id": 3}', '{"kernel_id": "other"}', "\x00"]
+    + [NEARLY % wrong for wrong in ('"created": "y"', '"connection": []', '"handle": "h"', '"orphan_timeout": null')],
+)
 def test_what_is_no_record_is_reported_and_skipped(
     store: FileStore, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -152,8 +152,9 @@ class RemoteKernel:
         self._begin_start()
         self.server.kernels[record.kernel_id] = self
         launching: asyncio.Task[Handle] | None = None
-        started, timeout = time.monotonic(), plugins().timeout(self.info, "launch", plan.timeout)
+        started = time.monotonic()
         try:
+            timeout = plugins().timeout(self.info, "launch", plan.timeout)
             await self._choose_channels(plan)
             await self._save()
             extra = await plugins().before_launch(plan.request)
@@ -212,7 +213,8 @@ class RemoteKernel:
         self._begin_start()
         self._tell(Event.RESTARTING)
         timeout = plugins().timeout(self.info, "launch", plan.timeout)
-        message = protocol.restart(self.record.run, env=request.env, argv=request.argv, cwd=request.cwd)
+        argv = request.argv if request.wrapped else None  # else it is the launcher's own, which knows the kernel's
+        message = protocol.restart(self.record.run, env=request.env, argv=argv, cwd=request.cwd)
         try:
             if self.relay is not None:
                 await self.relay.open()  # jupyter_client has removed the paths of ipc
@@ -413,11 +415,11 @@ class RemoteKernel:
 
     def connected(self, session: Session, hello: Hello) -> Message:
         again = self.record.secret is not None
+        if hello.ports is not None:
+            self._take_ports(hello.ports)
         if self.session is not None:
             self.session.kernel = None  # the launcher has redialled: the old session is fenced off
             self.session.close("replaced by a newer session of the same launcher")
-        if hello.ports is not None:
-            self._take_ports(hello.ports)
         carried, session.ping = None, PING
         if self.relay is not None:
             if "relay" not in hello.capabilities:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -151,8 +152,12 @@ class Plugins:
 
     def timeout(self, kernel: KernelInfo, phase: str, default: float) -> float:
         """Seconds allowed for a phase of a kernel's life."""
-        seconds = self._manager.hook.gp_timeout(kernel=kernel, phase=phase)
-        return default if seconds is None else float(seconds)
+        try:
+            seconds = self._manager.hook.gp_timeout(kernel=kernel, phase=phase)
+            return default if seconds is None else float(seconds)
+        except Exception as error:
+            text = f"kernel {kernel.kernel_id}: a plugin failed to say how long {phase!r} may take"
+            raise PluginError(f"{text}: {type(error).__name__}: {error}") from error
 
     def confirm_startup(self, kernel: KernelInfo, status: Status, elapsed: float) -> Verdict:
         """Judge one look at a starting kernel."""
@@ -216,9 +221,20 @@ def _loaded(entry: EntryPoint) -> object:
         raise PluginError(f"{entry.value} cannot be imported: {type(error).__name__}: {error}") from error
 
 
+_lock = threading.RLock()  # a cache alone lets several threads load at the same time
+
+
 @functools.cache
-def plugins() -> Plugins:
-    """Return the plugins of this process, loaded at first use."""
+def _loaded_once() -> Plugins:
     loaded = Plugins(name.strip() for name in os.environ.get("GP_DISABLED_PLUGINS", "").split(","))
     loaded.load()
     return loaded
+
+
+def plugins() -> Plugins:
+    """Return the plugins of this process, loaded at first use."""
+    with _lock:
+        return _loaded_once()
+
+
+plugins.cache_clear = _loaded_once.cache_clear  # type: ignore[attr-defined]  # for tests

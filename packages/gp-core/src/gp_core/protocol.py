@@ -192,9 +192,9 @@ def shutdown(grace: float) -> Message:
     return {"type": "shutdown", "grace": grace}
 
 
-def restart(run: int, *, env: Mapping[str, str], argv: Sequence[str], cwd: str | None) -> Message:
-    """Start the kernel anew inside its launcher."""
-    return {"type": "restart", "run": run, "env": dict(env), "argv": list(argv), "cwd": cwd}
+def restart(run: int, *, env: Mapping[str, str], argv: Sequence[str] | None, cwd: str | None) -> Message:
+    """Start the kernel anew inside its launcher; ``argv`` None: as before."""
+    return {"type": "restart", "run": run, "env": dict(env), "argv": list(argv) if argv else None, "cwd": cwd}
 
 
 def pong(message: Mapping[str, Any]) -> Message:

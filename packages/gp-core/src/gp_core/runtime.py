@@ -26,6 +26,7 @@ P = ParamSpec("P")
 log = logging.getLogger(__name__)
 
 WORKERS = 8  # threads for blocking client libraries
+MOST_WORKERS = 64
 GOODBYE = 10.0  # seconds that the end of the process waits for clean-ups
 
 
@@ -33,7 +34,8 @@ class Runtime:
     """A daemon thread with an event loop, and daemon worker threads for blocking calls.
 
     Daemon threads and not an executor: executors refuse work in ``atexit``, where ``jupyter run`` shuts kernels down,
-    and no thread can be started there; so all of them start here.
+    and no thread can be started there; so some of them start here. More come when all are busy, so that a platform
+    that hangs delays nothing but itself.
     """
 
     def __init__(self) -> None:
@@ -44,13 +46,19 @@ class Runtime:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.at_exit: list[Callable[[], Coroutine[Any, Any, None]]] = []
         threading.Thread(target=self._run, name="gp-runtime", daemon=True).start()
-        for number in range(WORKERS):
-            threading.Thread(target=self._work, name=f"gp-worker-{number}", daemon=True).start()
+        self._workers = self._busy = 0
+        for _ in range(WORKERS):
+            self._add_worker()
         atexit.register(self._goodbye)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
+
+    def _add_worker(self) -> None:
+        with contextlib.suppress(RuntimeError):  # at the end of the process: those that are there have to do
+            threading.Thread(target=self._work, name=f"gp-worker-{self._workers}", daemon=True).start()
+            self._workers += 1
 
     def _work(self) -> None:
         while True:
@@ -61,7 +69,7 @@ class Runtime:
 
         Cancelling the caller cancels the work; its clean-up goes on in the background.
         """
-        if threading.current_thread().name == "gp-runtime" and asyncio.get_running_loop() is self.loop:
+        if asyncio.get_running_loop() is self.loop:
             return await work
         return await asyncio.wrap_future(self.submit(work))
 
@@ -98,6 +106,7 @@ class Runtime:
         done = self.loop.create_future()
 
         def settle(result: T | None, error: BaseException | None) -> None:
+            self._busy -= 1
             if done.cancelled():
                 return
             if error is not None:
@@ -114,6 +123,9 @@ class Runtime:
             with contextlib.suppress(RuntimeError):  # the loop may be gone at the very end of the process
                 self.loop.call_soon_threadsafe(settle, result, error)
 
+        self._busy += 1
+        if self._workers < min(self._busy, MOST_WORKERS):
+            self._add_worker()
         self._jobs.put(job)
         return await done  # type: ignore[no-any-return]
 

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import pwd
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -369,6 +370,7 @@ def _has_ipv6() -> bool:
 
 
 _server: tuple[int, KernelServer] | None = None
+_lock = threading.Lock()  # managers of several threads may be the first together
 
 
 def kernel_server(config: Config | None = None) -> KernelServer:
@@ -377,7 +379,10 @@ def kernel_server(config: Config | None = None) -> KernelServer:
     Args:
         config: Of the host application.
     """
-    global _server
-    if _server is None or _server[0] != os.getpid():
-        _server = (os.getpid(), KernelServer(config))
-    return _server[1]
+    global _server, _lock
+    if _server is not None and _server[0] != os.getpid():
+        _server, _lock = None, threading.Lock()  # a fork may have copied it locked
+    with _lock:
+        if _server is None:
+            _server = (os.getpid(), KernelServer(config))
+        return _server[1]

@@ -132,7 +132,13 @@ class Record:
             data = json.loads(text)
             known = {item.name: data[item.name] for item in fields(cls) if item.name in data}
             known["owner"] = Owner(**known["owner"]) if known.get("owner") else None
-            return cls(**known)
+            made = cls(**known)
+            numbers = (made.run, made.created, made.orphan_timeout)
+            if not all(isinstance(number, (int, float)) for number in numbers):
+                raise StoreError("not a record of a kernel: a number is none")
+            if not all(isinstance(value, dict) for value in (made.options, made.connection, made.handle or {})):
+                raise StoreError("not a record of a kernel: an object is none")
+            return made
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise StoreError(f"not a record of a kernel: {error}") from None
 
@@ -220,10 +226,16 @@ class FileStore:
             raise StoreError(f"the record of kernel {kernel_id} cannot be locked: {error}") from None
 
     def list(self) -> list[Record]:
-        """Return all records, oldest first; files that are none of ours are reported and skipped."""
-        if not self.folder.is_dir():
-            return []
-        read = (self._read(path) for path in self.folder.glob("*.json"))
+        """Return all records, oldest first; files that are none of ours are reported and skipped.
+
+        Raises:
+            StoreError: The folder is somebody else's.
+        """
+        try:
+            paths = [*self.folder.glob("*.json")] if self.folder.is_dir() else []
+        except OSError as error:
+            raise StoreError(f"the records in {self.folder} cannot be read: {error}") from None
+        read = (self._read(path) for path in paths)
         return sorted((record for record in read if record), key=lambda record: record.created)
 
     def _read(self, path: Path) -> Record | None:
