@@ -242,3 +242,19 @@ async def test_writes_and_removals_keep_their_order(tmp_path: Path, states: tupl
     assert await in_turn(store, *states) == [None] * len(states)
     found = store.get("k1")
     assert (found and found.state) == left
+
+
+def test_what_a_killed_process_had_begun_to_write_is_swept(store: FileStore) -> None:
+    store.put(record())
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    dead, alive = (store.folder / f".{pid}-abc" for pid in (int(done.stdout), os.getpid()))
+    for path in (dead, alive):
+        path.write_text("half a record")
+    store.sweep()
+    assert dead.exists(), "too new: its writer may be elsewhere"
+    for path in (dead, alive):
+        os.utime(path, (1, 1))
+    store.sweep()
+    assert not dead.exists()
+    assert alive.exists()
+    assert [found.kernel_id for found in store.list()] == ["k1"]

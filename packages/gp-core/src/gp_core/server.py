@@ -307,6 +307,7 @@ class KernelServer(LoggingConfigurable):
         """Forget kernels of servers that are gone if their jobs are gone too."""
         from .kernel import RemoteKernel
 
+        await runtime().blocking(self.store.sweep)
         for record in await runtime().blocking(self.store.list):
             if record.owner is None or record.is_owned or record.handle is None:
                 continue

@@ -1,4 +1,4 @@
-"""The record of every kernel that this installation started: five methods, 0600 files in a 0700 folder by default."""
+"""The record of every kernel that this installation started: six methods, 0600 files in a 0700 folder by default."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import re
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -150,6 +151,7 @@ class Store(Protocol):
     def get(self, kernel_id: str) -> Record | None: ...
     def remove(self, kernel_id: str) -> None: ...
     def list(self) -> list[Record]: ...
+    def sweep(self) -> None: ...
 
     def take(self, kernel_id: str, owner: Owner) -> Record | None:
         """Make a process the owner of a kernel whose owner is gone; of several that try at once one succeeds.
@@ -237,6 +239,15 @@ class FileStore:
             raise StoreError(f"the records in {self.folder} cannot be read: {error}") from None
         read = (self._read(path) for path in paths)
         return sorted((record for record in read if record), key=lambda record: record.created)
+
+    def sweep(self) -> None:
+        """Delete what processes that were killed had begun to write: it may hold a kernel's keys."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.glob(".*-*"):
+                writer = path.name[1:].partition("-")[0]
+                # a while, because the writer may be in another container, which has numbers of its own
+                if writer.isdecimal() and not psutil.pid_exists(int(writer)) and time.time() - path.stat().st_mtime > 1:
+                    path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> Record | None:
         try:
@@ -356,7 +367,7 @@ def write_private(path: Path, data: bytes, *, replace: bool = True) -> None:
         data: Its contents.
         replace: Also if it exists; else the one that another process has just made stays.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")  # 0600 from the first byte
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{os.getpid()}-")  # 0600 from the first byte
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -129,6 +129,8 @@ answer."""
         return 1 if any(d["action"] == "failed" for d in done) else 0
 
     async def _collect(self) -> list[dict[str, Any]]:
+        if not self.args.dry_run:
+            self.store.sweep()
         kernels = await known_kernels(self.store, self.config)
         idle = [kernel for kernel in kernels if not kernel.served]
         _, others = await asyncio.gather(look(idle), strangers(kernels, self.config))

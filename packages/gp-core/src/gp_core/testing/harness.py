@@ -126,6 +126,9 @@ class MemoryStore:
     def list(self) -> list[Record]:
         return [Record.from_json(text) for text in self._records.values()]
 
+    def sweep(self) -> None:
+        pass
+
     def take(self, kernel_id: str, owner: Owner) -> Record | None:
         record = self.get(kernel_id)
         if record is not None and not record.is_owned:
