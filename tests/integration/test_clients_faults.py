@@ -32,6 +32,7 @@ TINY = Path(testing.__file__).with_name("tiny_kernel.py")
 VICTIM = Path(__file__).parent / "support" / "victim.py"
 GP = str(Path(sys.executable).with_name("jupyter-gp"))
 ORPHAN = 2.0
+TINY_SPEC = {"argv": ["python3", str(TINY), "{connection_file}", "serve"]}
 
 
 class Victim:
@@ -67,9 +68,8 @@ class Victim:
 @pytest.fixture
 def victim(installation: Installation) -> Iterator[Callable[..., Victim]]:
     """Start a server with one tiny kernel whose orphan timeout is short."""
-    spec = {"argv": ["python3", str(TINY), "{connection_file}", "serve"]}
-    installation.jupyter.install_spec("tiny", spec, config={"orphan_timeout": ORPHAN})
-    installation.jupyter.install_spec("patient", spec, config={"orphan_timeout": 60})
+    installation.jupyter.install_spec("tiny", TINY_SPEC, config={"orphan_timeout": ORPHAN})
+    installation.jupyter.install_spec("patient", TINY_SPEC, config={"orphan_timeout": 60})
     started: list[Victim] = []
 
     def start(**env: str) -> Victim:
@@ -334,8 +334,7 @@ def test_the_wrong_user_and_a_recorded_port_that_is_taken_are_told(
 @pytest.fixture
 async def tiny(installation: Installation) -> AsyncKernelManager:
     """A manager of a tiny kernel."""
-    spec = {"argv": ["python3", str(TINY), "{connection_file}", "serve"]}
-    installation.jupyter.install_spec("tiny", spec, config={"launch_timeout": 20})
+    installation.jupyter.install_spec("tiny", TINY_SPEC, config={"launch_timeout": 20})
     return AsyncKernelManager(kernel_name="tiny")
 
 
@@ -485,6 +484,27 @@ async def test_a_cut_line_loses_no_kernel_and_starts_no_second_one(
         await tiny.shutdown_kernel(now=True)
         await lines[0].close()
         assert addresses
+
+
+async def test_fifty_kernels_start_beside_two_thousand_idle_strangers(
+    installation: Installation, tiny: AsyncKernelManager
+) -> None:
+    installation.jupyter.install_spec("crowd", TINY_SPEC, config={"launch_timeout": 120})
+    await tiny.start_kernel()
+    port = tiny.provisioner._kernel.server.port
+    idle = await asyncio.to_thread(
+        lambda: [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(2000)]
+    )
+    managers = [AsyncKernelManager(kernel_name="crowd") for _ in range(50)]
+    try:
+        await asyncio.gather(*(manager.start_kernel() for manager in managers))
+        assert all([await manager.is_alive() for manager in managers])
+    finally:
+        for one in idle:
+            one.close()
+        await asyncio.gather(
+            *(manager.shutdown_kernel(now=True) for manager in (tiny, *managers) if manager.has_kernel)
+        )
 
 
 # The disk

@@ -536,7 +536,8 @@ def test_many_kernels_of_one_process(installation: Installation, spec: str) -> N
         await asyncio.gather(*(manager.start_kernel() for manager in managers))
         ids = {manager.kernel_id for manager in managers}
         assert len(ids) == 5
-        records = [path.stem for path in installation.records()]
+        # the last write of a start is not waited for: its file may have another name as yet
+        records = [path.stem for path in installation.records() if path.suffix == ".json"]
         assert sorted(ids) == sorted(records)
         await asyncio.gather(*(manager.shutdown_kernel() for manager in managers))
         return records

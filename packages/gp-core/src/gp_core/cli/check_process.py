@@ -12,7 +12,7 @@ from pathlib import Path
 from traitlets.config import Config
 
 from ..backend import Finding
-from ..errors import GPError
+from ..errors import GPError, StoreError
 from ..options import ProvisionerOptions
 from ..plugins import plugins
 from ..policies import check_user, resolve_user
@@ -111,8 +111,8 @@ def _record_findings(store: FileStore) -> list[Finding]:
     try:
         files = len(list(store.folder.glob("*.json")))
         strange = files - len(store.list())
-    except OSError as error:
-        return [bad("records", f"{store.folder} cannot be read: {error.strerror}", "correct its permissions")]
+    except (OSError, StoreError) as error:
+        return [bad("records", f"{store.folder} cannot be read: {error}", "correct its permissions")]
     if strange:
         text = f"{strange} of {files} files in {store.folder} are no records of kernels"
         return [bad("records", text, "the warnings above name them: remove them")]
