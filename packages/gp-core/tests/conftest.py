@@ -17,6 +17,8 @@ from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 
 from gp_core import local, plugins, server, testing
+from gp_core._markers import hookimpl
+from gp_core.events import KernelEvent
 from gp_core.runtime import runtime
 
 
@@ -91,6 +93,20 @@ async def started(manager: Callable[..., AsyncKernelManager]) -> AsyncIterator[A
         await km.shutdown_kernel(now=True)
     else:
         await km.cleanup_resources()
+
+
+@pytest.fixture
+def events(installation: Path) -> list[str]:
+    """The names of all events that plugins hear."""
+    heard: list[str] = []
+
+    class Listener:
+        @hookimpl
+        async def gp_kernel_event(self, event: KernelEvent) -> None:
+            heard.append(event.event.value)
+
+    plugins.plugins().register(Listener(), "listener")
+    return heard
 
 
 def ask(km: AsyncKernelManager) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from gp_core.errors import (
     PluginError,
     StoreError,
 )
-from gp_core.events import Event, KernelEvent
+from gp_core.events import Event
 from gp_core.kernel import RemoteKernel
 from gp_core.local import LocalBackend
 from gp_core.planning import Planner
@@ -61,20 +61,6 @@ def lost(km: AsyncKernelManager) -> None:
     assert session is not None
     assert session.transport is not None
     runtime().loop.call_soon_threadsafe(session.transport.abort)
-
-
-@pytest.fixture
-def events(installation: Path) -> list[str]:
-    """The names of all events that plugins hear."""
-    heard: list[str] = []
-
-    class Listener:
-        @hookimpl
-        async def gp_kernel_event(self, event: KernelEvent) -> None:
-            heard.append(event.event.value)
-
-    plugins_module.plugins().register(Listener(), "listener")
-    return heard
 
 
 # Start

@@ -20,10 +20,8 @@ import pytest
 from jupyter_client import AsyncKernelManager, KernelManager
 from jupyter_client.ioloop import AsyncIOLoopKernelManager
 
-from gp_core import plugins as plugins_module
 from gp_core import server as server_module
 from gp_core import takeover
-from gp_core._markers import hookimpl
 from gp_core.errors import (
     CALLBACK_PORT_TAKEN,
     ENDPOINT_TAKEN,
@@ -35,7 +33,6 @@ from gp_core.errors import (
     LaunchFailed,
     LaunchTimeout,
 )
-from gp_core.events import KernelEvent
 from gp_core.local import LocalBackend
 from gp_core.runtime import runtime
 from gp_core.server import kernel_server
@@ -123,20 +120,6 @@ def own(tmp_path: Path) -> Iterator[Own]:
         one.close()
     for left in launchers():
         left.kill()
-
-
-@pytest.fixture
-def events(installation: Path) -> list[str]:
-    """The names of all events that plugins hear."""
-    heard: list[str] = []
-
-    class Listener:
-        @hookimpl
-        async def gp_kernel_event(self, event: KernelEvent) -> None:
-            heard.append(event.event.value)
-
-    plugins_module.plugins().register(Listener(), "listener")
-    return heard
 
 
 def record(installation: Path) -> Record:

@@ -169,6 +169,7 @@ class RemoteKernel:
             launching = asyncio.create_task(self.backend.launch(request))
             record.handle = await self._launched(launching, timeout)
             recorded = runtime().loop.create_task(self._save())  # while the launcher starts
+            recorded.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, if we fail first
             self._tell(Event.LAUNCHED)
             await self._confirm(plan, timeout, started, watch=True)
             await recorded  # whoever takes the kernel over needs the handle; the rest the launcher tells again

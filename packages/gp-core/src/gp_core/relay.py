@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from gp_launchers.streams import CHANNELS, Stream, Streams
+from gp_launchers.streams import CHANNELS, IDLE, UNSENT, Stream, Streams
 from gp_launchers.wire import WireError
 
 from .errors import ENDPOINT_TAKEN, TOO_MANY_FILES, LaunchFailed
@@ -29,8 +29,6 @@ from .store import private_folder
 log = logging.getLogger(__name__)
 
 ENOUGH = 128 * 1024  # bytes of one client that wait for the session, until no more are read
-UNSENT = 128 * 1024  # bytes that wait in the session, until no more frames are given to it
-IDLE = 2.0  # seconds after which unused credit is given back
 PING = 5.0  # seconds of silence after which a launcher that carries channels pings: a dead path shows within 15
 
 
@@ -57,7 +55,6 @@ class Relay:
     def __init__(self, kernel_id: str, endpoint: Mapping[str, Any]) -> None:
         self.streams = Streams(True, on_ready=self._ready)
         self.resumes = 0
-        self.stalls = 0
         self._kernel_id = kernel_id
         self._ipc = endpoint["transport"] == "ipc"
         self._ip = str(endpoint["ip"]) if self._ipc else "127.0.0.1"
@@ -274,7 +271,6 @@ class Client(asyncio.Protocol):
         self._stream.write(data)
         if self._stream.queued >= ENOUGH:
             self._transport.pause_reading()
-            self._relay.stalls += 1
 
     def _drained(self) -> None:
         assert self._stream is not None

@@ -17,7 +17,17 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
-from gp_launchers.wire import MAX_FRAME, MAX_HELLO, MESSAGE, Decoder, WireError, pack_message, unpack_message
+from gp_launchers.wire import (
+    MAX_FRAME,
+    MAX_HELLO,
+    MESSAGE,
+    NOT_SENT,
+    TCP_NOTSENT_LOWAT,
+    Decoder,
+    WireError,
+    pack_message,
+    unpack_message,
+)
 
 from . import protocol
 from .errors import ConfigError, GPError, ProtocolError
@@ -29,8 +39,6 @@ HELLO_DEADLINE = 10.0  # seconds for handshake and hello together
 PING = 30.0  # seconds of silence after which a launcher pings
 SILENT_PINGS = 2.5  # pings that may be missing until a session is taken for broken
 SWEEP = 2.5  # seconds between two looks for such sessions
-NOT_SENT = 128 * 1024  # bytes that the system may hold back: what is urgent waits behind them
-TCP_NOTSENT_LOWAT = 25  # Linux; `socket` has it from Python 3.12 on
 MAX_UNSENT = 4 * MAX_FRAME  # bytes that a launcher may leave unread
 TLS_HANDSHAKE = 0x16  # first byte of every TLS connection
 

@@ -10,7 +10,7 @@ from . import wire
 from .errors import StartError
 from .loop import READ, WRITE
 from .spool import Full, Messages, Spool
-from .streams import Streams
+from .streams import IDLE, UNSENT, Streams
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,11 +24,9 @@ if TYPE_CHECKING:
 
 PIECE = 64 * 1024  # bytes read at a time
 ENOUGH = 256 * 1024  # bytes that wait for the session, until no more are read (iopub: until they go to the spool)
-UNSENT = 128 * 1024  # bytes that wait in the session, until no more frames are given to it
 LAST = 64  # pieces that are read after a kernel's end
 AGAIN = 0.05  # seconds between attempts to connect
 BUFFER = 64 * 1024 * 1024  # bytes of a spool, unless the server says otherwise
-IDLE = 2.0  # seconds after which unused credit is given back
 _LOOPBACK = {"*": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
             """The session is over; ``refused``: there is no server of ours at this address."""
 
 
-NOT_SENT = 128 * 1024  # bytes that the system may hold back: what is urgent waits behind them
-_TCP_NOTSENT_LOWAT = 25  # Linux; `socket` has it from Python 3.12 on
 DEADLINE = 10.0  # seconds for connect and handshake, and again for the server's answer to `hello`
 
 
@@ -106,7 +104,7 @@ class Session:
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # unacknowledged data: the path is dead, whatever TCP hopes
                 self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30000)
             if sys.platform == "linux":
-                self._socket.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, NOT_SENT)
+                self._socket.setsockopt(socket.IPPROTO_TCP, wire.TCP_NOTSENT_LOWAT, wire.NOT_SENT)
             code = self._socket.connect_ex(target)
         except OSError as error:
             self._fail(error)

@@ -34,6 +34,8 @@ WINDOW = 512 * 1024  # bytes of credit that it may come to
 POOL = 1024 * 1024  # bytes of credit beyond BASE of all streams together
 KEPT = 1536 * 1024  # bytes sent and not acknowledged
 ACK_EVERY = 128 * 1024  # bytes received until they are acknowledged
+UNSENT = 128 * 1024  # bytes that wait in a session, until no more frames are given to it
+IDLE = 2.0  # seconds after which unused credit is given back
 OVERHEAD = 100  # bytes that a frame costs beyond its own
 
 _NUMBER = struct.Struct("!I")

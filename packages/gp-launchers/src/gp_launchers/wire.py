@@ -18,6 +18,8 @@ VERSION = 2
 HEADER = struct.Struct("!BII")
 MESSAGE = 0  # frame type: one JSON message, on stream 0
 MAX_HELLO = 16 * 1024  # bytes of payload that a server takes before it has accepted a launcher
+NOT_SENT = 128 * 1024  # bytes that the system may hold back: what is urgent waits behind them
+TCP_NOTSENT_LOWAT = 25  # Linux; `socket` has it from Python 3.12 on
 MAX_FRAME = 1024 * 1024  # bytes of payload afterwards
 
 

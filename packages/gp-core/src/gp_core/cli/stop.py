@@ -130,7 +130,7 @@ answer."""
 
     async def _collect(self) -> list[dict[str, Any]]:
         if not self.args.dry_run:
-            self.store.sweep()
+            await runtime().blocking(self.store.sweep)
         kernels = await known_kernels(self.store, self.config)
         idle = [kernel for kernel in kernels if not kernel.served]
         _, others = await asyncio.gather(look(idle), strangers(kernels, self.config))
