@@ -3,25 +3,36 @@
 Environment of a test run:
 
 - `GP_TEST_REQUIRE`: names, separated by commas, whose absence is a failure and not a skip; `all` for all.
-  They are the names given to `require` and `offer`: slurm, irkernel, jjava, xeus-python, gateway-provisioners.
+  They are the names given to `require` and `offer`: slurm, irkernel, jjava, xeus-python, gateway-provisioners,
+  chromium.
 - `GP_TEST_SLURM_CONF`: the slurm.conf of a cluster to use instead of one of our own.
 - `GP_TEST_CACHE`: where downloads are kept (default: `gp-tests` in the XDG cache folder).
+- `GP_TEST_ARTIFACTS`: where screenshots are kept (default: `gp-tests-USER` in the folder for temporary files).
 """
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from clusters import kernels
-from clusters.availability import offer, require
+from clusters.availability import Unavailable, offer, require
 from clusters.jupyter_env import JupyterEnv, isolated_jupyter
 from clusters.slurm import SlurmCluster
 from support.installation import Installation, installed
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 __all__ = ["JupyterEnv", "offer", "require"]
+
+ARTIFACTS = pytest.StashKey[Path]()
 
 
 # -- clusters
@@ -90,3 +101,37 @@ def installation() -> Iterator[Installation]:
     """A gp and a Jupyter of this test's own, which must leave nothing: no process, no record, no endpoint."""
     with installed() as made:
         yield made
+
+
+# -- browsers
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium without a window."""
+    with ExitStack() as stack:
+
+        def start() -> Browser:
+            try:
+                from support.labpage import chromium
+            except ModuleNotFoundError as missing:
+                raise Unavailable(f"needs: pip install {missing.name}") from None
+            return stack.enter_context(chromium())
+
+        yield offer("chromium", start)
+
+
+@pytest.fixture(scope="session")
+def artifacts(pytestconfig: pytest.Config) -> Path:
+    """Folder for what people shall look at after the tests."""
+    given = os.environ.get("GP_TEST_ARTIFACTS")
+    folder = Path(given) if given else Path(tempfile.gettempdir()) / f"gp-tests-{getpass.getuser()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    pytestconfig.stash[ARTIFACTS] = folder
+    return folder
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say where the artefacts are."""
+    if (folder := config.stash.get(ARTIFACTS, None)) is not None:
+        terminalreporter.write_line(f"to look at: {folder}")

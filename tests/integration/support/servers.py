@@ -331,3 +331,46 @@ def server_behind_gateway(
         more = {"JUPYTER_GATEWAY_AUTH_TOKEN": gateway.token, **(env or {})}
         with jupyter_server(installation, f"--gateway-url={gateway.url}", env=more) as server:
             yield server, gateway
+
+
+# -- JupyterLab
+
+LAB_SETTINGS = {
+    # neither dialogs nor traffic of its own
+    "@jupyterlab/apputils-extension:notification": {"checkForUpdates": False, "fetchNews": "false"},
+    "@jupyterlab/docmanager-extension:plugin": {"autosave": False},
+    # every cell is in the page, and holds what was typed
+    "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
+    "@jupyterlab/codemirror-extension:plugin": {"defaultConfig": {"autoClosingBrackets": False}},
+}
+
+
+def jupyter_lab(installation: Installation, *options: str, **kwargs: Any) -> Any:
+    """Run JupyterLab, and its server."""
+    folder = installation.jupyter.config_dir / "labconfig"
+    folder.mkdir(exist_ok=True)
+    (folder / "default_setting_overrides.json").write_text(json.dumps(LAB_SETTINGS))
+    fixed = (
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.port_retries=0",
+        "--LabApp.expose_app_in_browser=True",
+        "--LabApp.extension_manager=readonly",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--LabApp.news_url=",
+    )
+    return running(installation, "jupyterlab", *fixed, *options, **kwargs)
+
+
+@contextmanager
+def lab_behind_gateway(installation: Installation, *, env: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """Run Kernel Gateway, and JupyterLab with `--gateway-url`.
+
+    Args:
+        installation: Of both.
+        env: Variables of the gateway.
+    """
+    with kernel_gateway(installation, env=env) as gateway:
+        more = {"JUPYTER_GATEWAY_AUTH_TOKEN": gateway.token}
+        with jupyter_lab(installation, f"--gateway-url={gateway.url}", env=more) as lab:
+            yield lab

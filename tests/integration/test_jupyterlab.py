@@ -1,0 +1,171 @@
+"""JupyterLab in a browser, with its kernels in its own server or behind a gateway: what an analyst sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.installation import Installation
+from support.line import Line
+from support.servers import jupyter_lab, lab_behind_gateway
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+    from support.labpage import LabPage
+
+pytestmark = pytest.mark.timeout(180)
+
+REMOTE = "Python on the cluster"
+PID = "import os\nprint(os.getpid(), end='')"
+LAUNCHER = "import os\nprint(os.getppid(), end='')"
+ENDLESS = "print('running', flush=True)\nwhile True: pass"
+
+AFTER_DEATH = ("idle", "starting", "unknown")
+"""Statuses of a kernel that was restarted by itself: the page learns of no other one before the next cell is run.
+
+It does not count answers to its own questions, and a kernel's first word comes before anybody listens, or just after.
+"""
+
+CUT = 20.0
+"""Seconds: more than the silence after which either end gives the connection up."""
+LINES = 300
+PRINTS = f"import time\nfor number in range({LINES}): print('line', number, flush=True); time.sleep(0.1)"
+
+NO_IPYKERNEL = [sys.executable, "-I", "-S", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+CANNOT_START = {
+    "No ipykernel": (NO_IPYKERNEL, ["(no-ipykernel) ended with exit code 1", "[KernelDied]", "No module named"]),
+    "No command": (
+        ["gp-no-such-command", "{connection_file}"],
+        ["(no-command)", "gp-no-such-command", "[CommandNotFound]"],
+    ),
+}
+"""By the name that is shown: argv, and what the user must see."""
+
+
+@dataclass
+class Lab:
+    """JupyterLab in a browser.
+
+    Args:
+        page: With the launcher.
+        line: Between the kernels' launchers and the server that has the kernels.
+    """
+
+    page: LabPage
+    line: Line
+
+
+RUN = {"local": jupyter_lab, "gateway": lab_behind_gateway}
+
+
+@pytest.fixture(params=RUN)
+def lab(
+    request: pytest.FixtureRequest, browser: Browser, installation: Installation, ipykernel_spec: Path, artifacts: Path
+) -> Iterator[Lab]:
+    """JupyterLab whose kernels are children of its server, or of a gateway that it is told of."""
+    from support.labpage import LabPage
+
+    shots = artifacts / "jupyterlab" / request.node.name
+    shutil.rmtree(shots, ignore_errors=True)
+    shots.mkdir(parents=True)
+    ipykernel = json.loads((ipykernel_spec / "kernel.json").read_text())["argv"]
+    for name, argv in {REMOTE: ipykernel, **{name: argv for name, (argv, _) in CANNOT_START.items()}}.items():
+        spec = {"argv": argv, "display_name": name}
+        installation.jupyter.install_spec(name.lower().replace(" ", "-"), spec)
+    with Line().opened() as line:
+        env = {"GP_CHANNELS": "relay", **line.env}
+        with RUN[request.param](installation, env=env) as server:
+            context = browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-US")
+            page = LabPage(context.new_page(), shots)
+            try:
+                page.open(server.url, server.token)
+                yield Lab(page, line)
+            finally:
+                page.keep("end")
+                context.close()
+
+
+def test_a_cell_interrupt_restart_and_death(lab: Lab) -> None:
+    page = lab.page
+    page.keep("launcher")
+    page.new_notebook(REMOTE)
+    assert page.kernel_name == REMOTE
+    assert page.run("6*7") == "42"
+    assert page.run("x = 41; x + 1") == "42"
+    pid, launcher = page.run(PID), page.run(LAUNCHER)
+    page.keep("result")
+
+    cell = page.start(ENDLESS)
+    page.wait_for_output(cell, "running")
+    page.wait_for_kernel("busy")
+    page.keep("endless")
+    page.interrupt()
+    page.wait_for_end(cell)
+    assert "KeyboardInterrupt" in page.output(cell)
+    page.wait_for_kernel()
+    page.keep("interrupted")
+    assert page.run("x") == "41"
+
+    page.restart()
+    assert "NameError" in page.run("x")
+    second = page.run(PID)
+    assert second != pid
+    assert page.run(LAUNCHER) == launcher, "a restart is in place"
+    page.keep("restarted")
+
+    os.kill(int(second), signal.SIGKILL)
+    shown = page.dialog()
+    page.keep("killed")
+    assert "appears to have died. It will restart automatically." in shown
+    page.accept()
+    page.wait_for_kernel(*AFTER_DEATH)
+    third = page.run(PID)
+    assert third not in (pid, second)
+    page.keep("restarted-by-itself")
+
+
+def test_every_line_of_a_cell_comes_through_a_cut_of_the_link(lab: Lab) -> None:
+    page = lab.page
+    page.new_notebook(REMOTE)
+    pid, kernel_id = page.run(PID), page.state["id"]
+    cell = page.start(PRINTS)
+    page.wait_for_output(cell, "line 19")
+    lab.line.cut()
+    page.wait(1)
+    seen = page.output(cell)
+    page.keep("cut")
+    page.wait(CUT - 2)
+    assert page.output(cell) == seen, "nothing comes while the link is cut"
+    page.keep("still-cut")
+    page.wait(1)
+    lab.line.mend()
+    page.wait_for_end(cell)
+    page.keep("mended")
+    assert page.output(cell).splitlines() == [f"line {number}" for number in range(LINES)]
+    assert page.dialogs.count() == 0
+    page.wait_for_kernel()
+    assert (page.run(PID), page.state["id"]) == (pid, kernel_id)
+
+
+def test_the_reason_of_a_failed_start_is_shown(lab: Lab) -> None:
+    page = lab.page
+    for number, (name, (_, parts)) in enumerate(CANNOT_START.items()):
+        if number == 0:
+            page.click_card(name)
+        else:
+            page.choose_kernel(name)  # the page asks for another one by itself, once
+        shown = page.dialog()
+        page.keep(name.lower().replace(" ", "-"))
+        missing = [part for part in parts if part not in shown]
+        assert not missing, shown
+        page.accept()
+    page.change_kernel(REMOTE)
+    assert page.run("6*7") == "42"
