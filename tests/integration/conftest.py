@@ -85,8 +85,28 @@ def jupyter_env() -> Iterator[JupyterEnv]:
 # -- gp
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the tester choose how clients reach kernels."""
+    choices = ["relay", "direct", "both"]
+    parser.addoption("--channels", choices=choices, default="relay", help="how clients reach kernels in the tests")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests that start kernels in each of the chosen modes, but those that are about one of them."""
+    chosen = metafunc.config.getoption("channels")
+    is_of_one = metafunc.definition.get_closest_marker("relay")
+    if "channels" in metafunc.fixturenames and chosen != "relay" and not is_of_one:
+        metafunc.parametrize("channels", ["relay", "direct"] if chosen == "both" else [chosen])
+
+
 @pytest.fixture
-def installation() -> Iterator[Installation]:
+def channels() -> str:
+    """How clients reach kernels."""
+    return "relay"
+
+
+@pytest.fixture
+def installation(channels: str) -> Iterator[Installation]:
     """A gp and a Jupyter of this test's own, which must leave nothing: no process, no record, no endpoint."""
-    with installed() as made:
+    with installed(channels) as made:
         yield made

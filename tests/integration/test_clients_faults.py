@@ -225,17 +225,14 @@ def value_of(client: BlockingKernelClient, expression: str) -> str:
     return str(told["data"]["text/plain"] if told["status"] == "ok" else told["ename"])
 
 
-@pytest.mark.parametrize("channels", ["direct", "relay"])
 @pytest.mark.parametrize(("former", "heir"), [MANAGERS, MANAGERS[::-1]], ids=["to-async", "from-async"])
 def test_a_killed_servers_kernel_is_taken_over_with_its_variables(
     installation: Installation,
     host: Callable[..., Host],
-    monkeypatch: pytest.MonkeyPatch,
     former: str,
     heir: str,
     channels: str,
 ) -> None:
-    monkeypatch.setenv("GP_CHANNELS", channels)
     one = host(former)
     connection = one.ask(f"start {ID} py")["connection"]
     with client_of(connection) as client:  # stays open all the while: its endpoints do not change

@@ -135,13 +135,14 @@ async def test_no_secret_can_be_read_anywhere(
     )
 
 
+@pytest.mark.parametrize("channels", ["relay", "direct"])
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])
 async def test_the_managers_transport_is_honoured(
-    manager: Make, transport: str, monkeypatch: pytest.MonkeyPatch
+    manager: Make, transport: str, channels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = tempfile.mkdtemp(prefix="gp-")  # a socket's path has at most 107 bytes
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", short)
-    km = manager("python3", "-c", IPC_KERNEL, "{connection_file}") if transport == "ipc" else manager()
+    km = manager("python3", "-c", ANY_TRANSPORT, "{connection_file}", config={"channels": channels})
     km.transport = transport
     await km.start_kernel()
     try:
@@ -154,12 +155,16 @@ async def test_the_managers_transport_is_honoured(
     shutil.rmtree(short)
 
 
-IPC_KERNEL = """
+ANY_TRANSPORT = """
 import json, socket, sys, time
 info = json.load(open(sys.argv[1]))
-socks = []
+listening = []
 for name in ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port"):
-    s = socket.socket(socket.AF_UNIX); s.bind("%s-%d" % (info["ip"], info[name])); s.listen(5); socks.append(s)
+    ipc = info["transport"] == "ipc"
+    made = socket.socket(socket.AF_UNIX if ipc else socket.AF_INET)
+    made.bind("%s-%d" % (info["ip"], info[name]) if ipc else (info["ip"], info[name]))
+    made.listen(5)
+    listening.append(made)
 time.sleep(600)
 """
 

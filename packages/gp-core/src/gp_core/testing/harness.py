@@ -148,6 +148,7 @@ class Installation:
         options: Of the backend, as in the ``config`` of a kernel.json.
         python: A Python >= 3.8 of the far side that runs the kernels.
         start_timeout: Seconds until a kernel must listen.
+        channels: "relay" or "direct": how the tests reach kernels.
     """
 
     def __init__(
@@ -158,12 +159,14 @@ class Installation:
         *,
         python: str,
         start_timeout: float = 60.0,
+        channels: str = "relay",
     ) -> None:
         self.folder = folder
         self.backend_class = backend_class
         self.options = dict(options)
         self.python = python
         self.start_timeout = start_timeout
+        self.channels = channels
         self.requests: dict[str, LaunchRequest] = {}  #: what backends got, by kernel id
         self.server = KernelServer(Config({"KernelServer": {"response_port": 0}}), store=MemoryStore())
         self._kernels: list[RemoteKernel] = []
@@ -271,15 +274,17 @@ class Installation:
 
     def plan(self, request: LaunchRequest) -> Plan:
         """Return how to start a kernel."""
+        relayed = self.channels == "relay"
         connection = {
             "transport": "tcp",
-            "ip": self.backend_class.bind_address,
+            "ip": "127.0.0.1" if relayed else self.backend_class.bind_address,
             "key": os.urandom(32).hex(),
             "signature_scheme": "hmac-sha256",
             "kernel_name": "tiny",
             **dict.fromkeys(tiny_kernel.PORTS, 0),
         }
-        return Plan(request=request, connection=connection, timeout=self.start_timeout)
+        far = dict(connection) if relayed else None
+        return Plan(request=request, connection=connection, far=far, timeout=self.start_timeout)
 
     async def start(self, request: LaunchRequest | None = None, *, orphan_timeout: float = 60.0) -> Started:
         """Start a kernel and return when it listens.
