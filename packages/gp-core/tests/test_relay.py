@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 from jupyter_client import AsyncKernelManager
 
+from gp_core import Event, KernelEvent, hookimpl
 from gp_core import kernel as kernel_module
 from gp_core import relay as relay_module
 from gp_core.errors import LaunchFailed
+from gp_core.plugins import plugins
 from gp_core.relay import peer_uid
 from gp_core.runtime import runtime
 
@@ -228,6 +230,46 @@ async def test_a_dead_path_is_noticed_and_resumed(echo: AsyncKernelManager, monk
     writer.write(b"again\n")
     assert await asyncio.wait_for(reader.readline(), 5) == b"again\n"
     writer.close()
+
+
+async def test_traffic_is_told_by_events_and_in_the_record(
+    echo: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(relay_module, "NEWS", 0.0)
+    monkeypatch.setattr(relay_module, "IDLE", 0.05)
+    told: list[KernelEvent] = []
+
+    class Listens:
+        @hookimpl
+        def gp_kernel_event(self, event: KernelEvent) -> None:
+            told.append(event)
+
+    plugins().register(Listens(), "listens")
+    try:
+        reader, writer = await connect(echo)
+        writer.write(b"x" * 200_000 + b"\n")
+        assert len(await asyncio.wait_for(reader.readline(), 10)) == 200_001
+        await until(lambda: recorded(echo).get("bytes_from_kernel", 0) >= 200_001)
+        assert recorded(echo)["bytes_to_kernel"] >= 200_001
+        assert recorded(echo)["streams"] >= 1
+        lost(echo)
+        await until(lambda: any(event.event is Event.RESUMED for event in told), 10)
+        was, now = (
+            next(event.data["traffic"] for event in told if event.event is wanted)
+            for wanted in (Event.LOST, Event.RESUMED)
+        )
+        assert (was["resumes"], now["resumes"]) == (0, 1)
+        assert now["bytes_from_kernel"] >= 200_001
+        await until(lambda: recorded(echo)["resumes"] == 1)
+    finally:
+        writer.close()
+
+
+def recorded(km: AsyncKernelManager) -> dict[str, Any]:
+    """What the record says of the channels' traffic."""
+    record = remote(km).server.store.get(str(km.kernel_id))
+    assert record is not None
+    return record.traffic or {}
 
 
 async def test_users_of_other_accounts_are_refused(

@@ -234,6 +234,27 @@ def test_a_reader_that_stops_gets_no_more_than_the_base(ends):
     assert server.streams._pool == POOL
 
 
+def test_a_reader_that_stops_is_counted_once_at_both_ends(ends):
+    server, launcher = ends
+
+    def carried():
+        for _ in range(3):
+            moved(launcher, server)
+            moved(server, launcher)
+
+    launcher.mine[1].write(b"x" * 1_000_000)
+    carried()  # and nobody consumes it at the server
+    for stalls in (1, 2):
+        for both in (server.streams, launcher.streams):
+            both.settle()
+            assert both.stalls == stalls - 1, "it moved until just now"
+            for _ in range(3):
+                assert both.settle(), "look again"
+                assert both.stalls == stalls
+        server.consume(1, BASE)
+        carried()
+
+
 def test_control_overtakes_and_the_others_take_turns(ends):
     server, launcher = ends
     for channel in ("shell", "control"):

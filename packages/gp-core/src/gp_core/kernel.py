@@ -334,7 +334,7 @@ class RemoteKernel:
         Raises:
             LaunchFailed: One of them is taken.
         """
-        self.relay = self.relay or Relay(self.info.kernel_id, self.record.connection)
+        self.relay = self.relay or Relay(self.info.kernel_id, self.record.connection, self._save_soon)
         await self.relay.open()
         return self.relay.endpoint
 
@@ -439,7 +439,8 @@ class RemoteKernel:
         self._disconnected.clear()
         if protocol1.MUTE not in self.capabilities:
             self._stop_looking()
-        self._tell(Event.RESUMED if again else Event.CONNECTED, f"launcher {hello.launcher} at {session.address}")
+        back = f"launcher {hello.launcher} at {session.address}"
+        self._tell(Event.RESUMED if again else Event.CONNECTED, back, data=self._traffic)
         self._report(Report("connected"))
         if self._restart is not None and hello.run < self.record.run:
             restart = self._restart
@@ -485,7 +486,7 @@ class RemoteKernel:
         self._disconnected.set()
         if self._removed:
             return
-        self._tell(Event.LOST)
+        self._tell(Event.LOST, data=self._traffic)
         self._look()
 
     def _report(self, report: Report) -> None:
@@ -670,7 +671,12 @@ class RemoteKernel:
             self._looking.cancel()
             self._looking = None
 
+    @property
+    def _traffic(self) -> dict[str, Any]:
+        return {} if self.relay is None else {"traffic": self.relay.traffic}
+
     async def _save(self) -> None:
+        self.record.traffic = None if self.relay is None else self.relay.traffic
         await self._records.put(replace(self.record))
 
     def _save_soon(self) -> None:

@@ -15,6 +15,7 @@ import secrets
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,8 @@ from .store import private_folder
 log = logging.getLogger(__name__)
 
 ENOUGH = 128 * 1024  # bytes of one client that wait for the session, until no more are read
+NEWS = 30.0  # seconds between two times that `Relay` tells of its traffic while there is some
+NOTABLE = 64 * 1024  # bytes of traffic that are worth it
 PING = 5.0  # seconds of silence after which a launcher that carries channels pings: a dead path shows within 15
 
 
@@ -50,11 +53,16 @@ class Relay:
         kernel_id: For texts.
         endpoint: ``transport``, ``ip`` and ports that clients are told; a port of 0 is chosen, and any ``ip`` of tcp is
             taken for 127.0.0.1.
+        on_traffic: Told now and then that `traffic` has changed.
     """
 
-    def __init__(self, kernel_id: str, endpoint: Mapping[str, Any]) -> None:
+    def __init__(
+        self, kernel_id: str, endpoint: Mapping[str, Any], on_traffic: Callable[[], object] = lambda: None
+    ) -> None:
         self.streams = Streams(True, on_ready=self._ready)
         self.resumes = 0
+        self._on_traffic = on_traffic
+        self._told_traffic = self.traffic
         self._kernel_id = kernel_id
         self._ipc = endpoint["transport"] == "ipc"
         self._ip = str(endpoint["ip"]) if self._ipc else "127.0.0.1"
@@ -72,6 +80,19 @@ class Relay:
         """What clients are told: ``transport``, ``ip`` and the five ports."""
         ports = {f"{name}_port": number for name, number in self._numbers.items()}
         return {"transport": "ipc" if self._ipc else "tcp", "ip": self._ip, **ports}
+
+    @property
+    def traffic(self) -> dict[str, float]:
+        """What went through, for people: bytes, open streams, how often a session was resumed or a reader stalled."""
+        streams = self.streams
+        return {
+            "bytes_from_kernel": streams.bytes_in,
+            "bytes_to_kernel": streams.bytes_out,
+            "streams": len(streams),
+            "resumes": self.resumes,
+            "stalls": streams.stalls,
+            "at": round(time.time(), 1),
+        }
 
     # -- endpoints
 
@@ -209,6 +230,12 @@ class Relay:
 
     def _settle(self) -> None:
         again = self.streams.settle()
+        if _differ(self.traffic, self._told_traffic):
+            if self.traffic["at"] - self._told_traffic["at"] >= NEWS:
+                self._told_traffic = self.traffic
+                self._on_traffic()
+            else:
+                again = True
         self._settling = asyncio.get_running_loop().call_later(IDLE, self._settle) if again else None
 
     # -- clients
@@ -302,6 +329,12 @@ class Client(asyncio.Protocol):
         """Close the connection after what it still has to get."""
         if self._transport is not None:
             self._transport.close()
+
+
+def _differ(now: Mapping[str, float], told: Mapping[str, float]) -> bool:
+    """Whether there is something to tell: a heartbeat is nothing."""
+    counts = any(now[name] != told[name] for name in ("streams", "resumes", "stalls"))
+    return counts or any(now[name] - told[name] >= NOTABLE for name in ("bytes_from_kernel", "bytes_to_kernel"))
 
 
 def peer_uid(peer: Any, own: Any) -> int | None:

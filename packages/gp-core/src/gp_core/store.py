@@ -79,6 +79,7 @@ class Record:
         launcher_protocol: 1: its launcher never calls back again, and has no lease.
         channels: "relay": ``connection`` is what its server listens on, and its launcher carries the rest; or "direct".
         blackout_buffer: Bytes of output that the launcher keeps while nobody takes it.
+        traffic: What has gone through relayed channels, as `Relay.traffic` told it last.
         orphan_timeout: Seconds without a server until the launcher ends the kernel.
         created: Seconds since the epoch.
     """
@@ -103,6 +104,7 @@ class Record:
     launcher_protocol: int = 2
     channels: str = "direct"
     blackout_buffer: int = 0
+    traffic: dict[str, Any] | None = None
     orphan_timeout: float = 600.0
     created: float = 0.0
 
@@ -137,7 +139,10 @@ class Record:
             numbers = (made.run, made.created, made.orphan_timeout)
             if not all(isinstance(number, (int, float)) for number in numbers):
                 raise StoreError("not a record of a kernel: a number is none")
-            if not all(isinstance(value, dict) for value in (made.options, made.connection, made.handle or {})):
+            if not all(
+                isinstance(value, dict)
+                for value in (made.options, made.connection, made.handle or {}, made.traffic or {})
+            ):
                 raise StoreError("not a record of a kernel: an object is none")
             return made
         except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -63,6 +63,7 @@ class Stream:
         "credit",
         "granted",
         "grown",
+        "moved",
         "number",
         "on_closed",
         "on_data",
@@ -70,6 +71,7 @@ class Stream:
         "owed",
         "queue",
         "queued",
+        "stalled",
         "streams",
         "used",
         "waiting",
@@ -97,6 +99,9 @@ class Stream:
         self.granted = BASE  # bytes that the other end may send
         self.owed = 0  # bytes consumed and not granted again
         self.wanted = False  # the other end has used up its credit and has more to send
+        # either way, since the last `Streams.settle`
+        self.moved = False
+        self.stalled = False
 
     def write(self, data: bytes) -> None:
         """Send bytes, after those that wait already; without effect on a closed stream."""
@@ -107,6 +112,7 @@ class Stream:
 
     def consumed(self, count: int) -> None:
         """Take note that received bytes have left our memory, so that as many may follow."""
+        self.moved = True
         self.owed += count
         if 2 * self.owed >= self.window or self.granted == 0:
             self.streams.grant(self)
@@ -145,6 +151,7 @@ class Streams:
         received: Frames that have come.
         bytes_in: Payload that has come on all streams.
         bytes_out: Payload that was sent.
+        stalls: How often nobody took what there was on some stream, from one `settle` to the next.
     """
 
     def __init__(
@@ -153,7 +160,7 @@ class Streams:
         on_open: Callable[[Stream], object] = lambda stream: None,
         on_ready: Callable[[], object] = lambda: None,
     ) -> None:
-        self.bytes_in = self.bytes_out = 0
+        self.bytes_in = self.bytes_out = self.stalls = 0
         self._opener = opener
         self._on_open = on_open
         self._on_ready = on_ready
@@ -231,6 +238,11 @@ class Streams:
         """Give back the credit of streams that sent nothing since the last call; return whether to call again."""
         again = False
         for stream in self._streams.values():
+            stuck = not stream.granted or bool(stream.queue and not stream.credit)
+            was_stalled, stream.stalled = stream.stalled, stuck and not stream.moved
+            self.stalls += stream.stalled and not was_stalled
+            stream.moved = False
+            again = again or stuck
             if stream.grown and not stream.queue:
                 if stream.used:
                     stream.used = False
@@ -306,6 +318,7 @@ class Streams:
             if len(payload) > stream.granted:
                 raise WireError(f"stream {stream.number} sends more than it has credit for")
             stream.granted -= len(payload)
+            stream.moved = True
             self.bytes_in += len(payload)
             stream.on_data(payload)
         elif kind == CLOSE:
@@ -345,7 +358,7 @@ class Streams:
             stream.queue.appendleft(data[size:])
             data = data[:size]
         stream.credit -= size
-        stream.used = True
+        stream.used = stream.moved = True
         stream.queued -= size
         stream.waiting = False
         self.bytes_out += size
