@@ -19,7 +19,7 @@ from jupyter_client import AsyncKernelManager
 from gp_core import Event, KernelEvent, hookimpl
 from gp_core import kernel as kernel_module
 from gp_core import relay as relay_module
-from gp_core.errors import LaunchFailed
+from gp_core.errors import ConfigError, LaunchFailed
 from gp_core.plugins import plugins
 from gp_core.relay import peer_uid
 from gp_core.runtime import runtime
@@ -306,6 +306,13 @@ async def test_ipc_endpoints_are_private_and_come_back(manager: Make, monkeypatc
     await km.shutdown_kernel(now=True)
     assert not any(path.exists() for path in paths)
     shutil.rmtree(short)
+
+
+async def test_a_path_that_is_too_long_is_told(manager: Make, tmp_path: Path) -> None:
+    km = manager()
+    km.transport, km.ip = "ipc", str(tmp_path / ("long" * 30))
+    with pytest.raises(ConfigError, match="too long for the path of a socket.*JUPYTER_RUNTIME_DIR"):
+        await km.start_kernel()
 
 
 async def test_an_endpoint_that_is_taken_is_told(manager: Make) -> None:

@@ -6,10 +6,12 @@ import asyncio
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -303,6 +305,26 @@ async def test_relayed_channels_are_back_before_anybody_asks_for_the_kernel(
     await km.start_kernel(kernel_id=ID)
     assert ask(km)["pid"]
     await km.shutdown_kernel(now=True)
+
+
+async def test_relayed_channels_in_a_private_folder_have_the_same_paths(
+    own: Own, manager: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tempfile.mkdtemp(prefix="gp-")  # a socket's path has at most 107 bytes
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", short)
+    told = orphan(own, variables={"OWNER_PATCH": f"manager.transport, manager.ip = 'ipc', '{short}/tiny'"})
+    path = Path(f"{told['ip']}-{told['shell_port']}")
+    assert path.is_socket(), "a killed server leaves it"
+    km = manager()  # of tcp: the kernel's clients have the paths
+    await km.start_kernel(kernel_id=ID)
+    assert (km.transport, km.ip, km.shell_port) == ("ipc", told["ip"], told["shell_port"])
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(b"?\n")
+    assert json.loads(await asyncio.wait_for(reader.read(), 5))["pid"]
+    writer.close()
+    await km.shutdown_kernel(now=True)
+    assert not path.exists()
+    shutil.rmtree(short)
 
 
 async def test_an_endpoint_that_a_stranger_has_is_told_and_the_lease_given_back(

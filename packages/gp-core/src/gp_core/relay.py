@@ -23,12 +23,14 @@ from typing import Any, Protocol
 from gp_launchers.streams import CHANNELS, IDLE, UNSENT, Stream, Streams
 from gp_launchers.wire import WireError
 
-from .errors import ENDPOINT_TAKEN, TOO_MANY_FILES, LaunchFailed
+from .errors import ENDPOINT_TAKEN, TOO_MANY_FILES, ConfigError, LaunchFailed
 from .runtime import blocking, runtime
 from .store import private_folder
 
 log = logging.getLogger(__name__)
 
+PATH_MAX = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
+SUFFIX = len("-65535")  # of a channel's path at most
 ENOUGH = 128 * 1024  # bytes of one client that wait for the session, until no more are read
 NEWS = 30.0  # seconds between two times that `Relay` tells of its traffic while there is some
 NOTABLE = 64 * 1024  # bytes of traffic that are worth it
@@ -101,9 +103,15 @@ class Relay:
 
         Raises:
             LaunchFailed: One of them is taken, or there are too many open files.
+            ConfigError: Its path is too long.
         """
         loop = asyncio.get_running_loop()
         if self._ipc:
+            if len(os.fsencode(self._ip)) + SUFFIX > PATH_MAX:
+                raise ConfigError(
+                    f"kernel {self._kernel_id}: {self._ip} is too long for the path of a socket ({PATH_MAX} bytes): set "
+                    "JUPYTER_RUNTIME_DIR to a shorter folder, or let clients use tcp"
+                )
             await blocking(private_folder, Path(self._ip).parent)
         for name in CHANNELS:
             if name in self._servers and not (self._ipc and await blocking(self._is_unlinked, name)):
