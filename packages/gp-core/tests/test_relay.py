@@ -311,7 +311,7 @@ async def test_ipc_endpoints_are_private_and_come_back(manager: Make, monkeypatc
 async def test_a_path_that_is_too_long_is_told(manager: Make, tmp_path: Path) -> None:
     km = manager()
     km.transport, km.ip = "ipc", str(tmp_path / ("long" * 30))
-    with pytest.raises(ConfigError, match="too long for the path of a socket.*JUPYTER_RUNTIME_DIR"):
+    with pytest.raises(ConfigError, match=r"too long for the path of a socket.*JUPYTER_RUNTIME_DIR"):
         await km.start_kernel()
 
 

@@ -109,8 +109,8 @@ class Relay:
         if self._ipc:
             if len(os.fsencode(self._ip)) + SUFFIX > PATH_MAX:
                 raise ConfigError(
-                    f"kernel {self._kernel_id}: {self._ip} is too long for the path of a socket ({PATH_MAX} bytes): set "
-                    "JUPYTER_RUNTIME_DIR to a shorter folder, or let clients use tcp"
+                    f"kernel {self._kernel_id}: {self._ip} is too long for the path of a socket ({PATH_MAX} bytes): "
+                    "set JUPYTER_RUNTIME_DIR to a shorter folder, or let clients use tcp"
                 )
             await blocking(private_folder, Path(self._ip).parent)
         for name in CHANNELS:
