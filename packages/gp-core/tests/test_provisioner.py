@@ -41,6 +41,7 @@ from gp_core.kernel import RemoteKernel
 from gp_core.local import LocalBackend
 from gp_core.planning import Planner
 from gp_core.runtime import runtime
+from gp_core.starting import Start
 from gp_core.store import FileStore, Record
 
 from .conftest import TINY, Specs, ask, kernelspec, launchers, nothing_left, until
@@ -312,8 +313,7 @@ STEPS: dict[str, tuple[type, str, int]] = {
     "plugins": (plugins_module.Plugins, "before_launch", 1),
     "backend": (LocalBackend, "launch", 1),
     "second record": (FileStore, "put", 2),
-    "confirmation": (RemoteKernel, "_confirm", 1),
-    "last record": (FileStore, "put", 3),
+    "confirmation": (Start, "_confirm", 1),
 }
 
 

@@ -48,7 +48,7 @@ OWNER = """
 import json, os, signal, sys
 from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from gp_core import kernel, local
+from gp_core import kernel, local, starting
 
 class Specs(KernelSpecManager):
     def get_kernel_spec(self, name):
@@ -594,7 +594,7 @@ async def test_one_whose_kernel_has_ended_and_whose_launcher_waits_is_started_an
 
 @pytest.mark.parametrize("handle", [False, True], ids=["unknown job", "known job"])
 async def test_a_server_that_died_while_it_started_the_kernel(own: Own, manager: Make, handle: bool) -> None:
-    step = ("kernel.RemoteKernel", "_confirm") if handle else ("local.LocalBackend", "launch")
+    step = ("starting.Start", "_confirm") if handle else ("local.LocalBackend", "launch")
     patch = f"""
 launch = {step[0]}.{step[1]}
 async def dying(*args, **kwargs):

@@ -17,8 +17,9 @@ from .server import owned
 from .store import Record
 
 if TYPE_CHECKING:
-    from .kernel import Plan, RemoteKernel
+    from .kernel import RemoteKernel
     from .server import KernelServer
+    from .starting import Plan
 
 LEAVING = 30.0  # seconds that a new start waits for the removal of a former kernel of that id
 
@@ -146,7 +147,7 @@ async def _is_back(
             if await kernel.is_gone():
                 return False
             await server.listen_at(record.kernel_id, record.bind)
-        return await kernel.resume(until=plan.confirm, timeout=plan.timeout)
+        return await kernel.resume(plan)
     except BaseException as error:
         undoing = runtime().spawn(server.give_back(record, user), name="clean-up of a takeover")
         if isinstance(error, Exception):

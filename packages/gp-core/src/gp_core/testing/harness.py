@@ -18,10 +18,11 @@ from traitlets.config import Config
 
 from ..backend import Backend, Handle, LaunchRequest, State, Status
 from ..identity import Identity
-from ..kernel import Plan, RemoteKernel
+from ..kernel import RemoteKernel
 from ..planning import launcher_options
 from ..ports import PortRange
 from ..server import KernelServer
+from ..starting import Plan
 from ..store import Owner, Record
 from . import tiny_kernel
 
