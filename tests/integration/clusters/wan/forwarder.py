@@ -91,7 +91,8 @@ class Line:
             except BlockingIOError:
                 return
             if not self._knows(source, frame):
-                _write(source, reset_for(frame))
+                _write(source, answered_with_reset(frame))
+                _write(self._other[source], turned_into_reset(frame))
             elif self.blackout or (self.loss and self._random.random() < self.loss):
                 self.lost += 1
             else:
@@ -142,16 +143,24 @@ def is_tcp(frame: bytes) -> bool:
     return len(frame) >= 54 and frame[12:15] == b"\x08\x00\x45" and frame[23] == 6
 
 
-def reset_for(frame: bytes) -> bytes:
-    """Return what a router answers to a segment of a connection that it does not know: RST, as from its target."""
+def answered_with_reset(frame: bytes) -> bytes:
+    """Return the RST for the sender of a segment, as from its receiver."""
     ports = frame[36:38] + frame[34:36]
-    addresses = frame[30:34] + frame[26:30]
-    segment = struct.pack("!4s4sIBBHHH", ports, frame[42:46], 0, 5 << 4, RST, 0, 0, 0)
+    return _reset(frame[6:12] + frame[0:6], frame[30:34] + frame[26:30], ports, frame[42:46])
+
+
+def turned_into_reset(frame: bytes) -> bytes:
+    """Return the RST for the receiver of a segment, as from its sender."""
+    return _reset(frame[0:12], frame[26:34], frame[34:38], frame[38:42])
+
+
+def _reset(hardware: bytes, addresses: bytes, ports: bytes, sequence: bytes) -> bytes:
+    segment = struct.pack("!4s4sIBBHHH", ports, sequence, 0, 5 << 4, RST, 0, 0, 0)
     pseudo = addresses + struct.pack("!HH", 6, len(segment))
     segment = segment[:16] + checksum(pseudo + segment) + segment[18:]
     packet = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(segment), 0, 0, 64, 6, 0) + addresses
     packet = packet[:10] + checksum(packet) + packet[12:]
-    return frame[6:12] + frame[0:6] + b"\x08\x00" + packet + segment
+    return hardware + b"\x08\x00" + packet + segment
 
 
 def checksum(data: bytes) -> bytes:

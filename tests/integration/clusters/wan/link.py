@@ -128,7 +128,7 @@ class Link:
         self._tell(blackout=now)
 
     def reset(self) -> None:
-        """Break all TCP connections as a router does that has forgotten them: whoever sends something gets RST."""
+        """Break all TCP connections: the next segment of each, and all later ones, are answered with RST both ways."""
         self._tell(reset=True)
 
     def counters(self) -> dict[str, int]:
