@@ -1,4 +1,4 @@
-"""Channels over a line that breaks: launcher and kernel in another network, and everything arrives once and in order."""
+"""Channels over a line that breaks: launcher and kernel are in another network, and all arrives once and in order."""
 
 from __future__ import annotations
 

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 from typing import Any
 
-
 import psutil
-from clusters.wan.link import Link
 from jupyter_client.provisioning.factory import KernelProvisionerFactory
 from traitlets import Unicode
 
 import gp_core as gp
+from clusters.wan.link import Link
 from gp_core import local
 from gp_core.plugins import plugins
 

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,7 +48,10 @@ class Link:
         """Raise `Unavailable` where no such line can be made."""
         if os.geteuid() != 0:
             raise Unavailable("needs: root, for network namespaces and TAP devices")
-        for tool, package in (("ip", "iproute2"), *((name, "util-linux") for name in ("unshare", "nsenter", "setpriv"))):
+        for tool, package in (
+            ("ip", "iproute2"),
+            *((name, "util-linux") for name in ("unshare", "nsenter", "setpriv")),
+        ):
             if shutil.which(tool) is None:
                 raise Unavailable(f"needs: apt-get install {package} ({tool} is missing)")
         try:
