@@ -315,7 +315,7 @@ def test_who_never_acknowledges_what_it_gets_is_left(ends, reads):
     for _ in range(LONGEST_KEPT // (2 * OVERHEAD)):
         given()
     with pytest.raises(WireError, match="does not acknowledge"):
-        deque((given() for _ in range(LONGEST_KEPT // (2 * OVERHEAD))), maxlen=0)
+        deque((given() for _ in range(LONGEST_KEPT // OVERHEAD)), maxlen=0)
 
 
 def test_there_are_not_too_many_streams():
