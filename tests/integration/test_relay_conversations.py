@@ -31,8 +31,8 @@ STOPPED = 20.0
 """Seconds: longer than a launcher believes in a server that says nothing."""
 MIB = 1024 * 1024
 LARGEST = 256 * MIB
-GROWTH = 24 * MIB
-"""Bytes that server and launcher may grow by, whatever passes through; measured: 0.5 to 3.5 MiB."""
+GROWTH = 12 * MIB
+"""Bytes that server and launcher may grow by, whatever passes through; measured: 0.3 to 3 MiB."""
 OWN = 2
 """Streams that the manager may have itself."""
 
@@ -47,7 +47,8 @@ class Host:
 
     def __init__(self, installation: Installation, kernelspec: str) -> None:
         pipe = subprocess.PIPE
-        argv = [sys.executable, str(SUPPORT / "host.py"), "AsyncMappingKernelManager"]
+        # not a server's, which subscribes to iopub itself, and then holds what it has not looked at
+        argv = [sys.executable, str(SUPPORT / "host.py"), "AsyncMultiKernelManager"]
         env = {**os.environ, "GP_CHANNELS": "relay"}
         self.process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env=env)
         installation.own.add(self.process.pid)
@@ -160,6 +161,22 @@ def printed(client: BlockingKernelClient, request: str, timeout: float = 60) -> 
     return seen
 
 
+def reply_is(client: BlockingKernelClient, request: str) -> bool:
+    """Whether the next reply that comes is that of a request."""
+    return bool(client.get_shell_msg(timeout=60)["parent_header"]["msg_id"] == request)
+
+
+def after(client: BlockingKernelClient, iopub: zmq.Socket[bytes]) -> str:
+    """What a cell prints that is run now."""
+    request = client.execute("print(2 * 3)")
+    while not reply_is(client, request):
+        pass
+    text = ""
+    while iopub.poll(500):
+        text += json.loads(iopub.recv_multipart()[-1]).get("text", "")
+    return text
+
+
 @dataclass
 class Growth:
     """How many bytes a process grew by at most, while somebody looked.
@@ -258,6 +275,35 @@ def test_a_reader_that_pauses_gets_all_and_its_messages_wait_in_the_kernel(host:
                 if number % 16 == 0:
                     time.sleep(0.05)  # slow, not only late
         told(growth, f"{count} messages of 1 MiB, a pause of {PAUSE:g} s, {turns} requests of another client meanwhile")
+
+
+def test_output_that_nobody_takes_waits_in_a_bounded_file_and_no_message_is_cut(host: Callable[[str], Host]) -> None:
+    one = host("py")
+    count, size = 256, MIB
+    code = f"""
+from IPython.display import display
+for number in range({count}):
+    display({{"text/plain": f"{{number:8d}}" + "x" * ({size} - 8)}}, raw=True)
+"""
+    with one.client() as client, one.socket(zmq.SUB, "iopub", high_water_mark=1) as slow:
+        slow.subscribe(b"")
+        while not slow.poll(100):
+            client.kernel_info()  # until the kernel knows of the subscription
+        client.iopub_channel.stop()
+        with watched(one) as growth:
+            request = client.execute(code)
+            wait_until(lambda: reply_is(client, request), 60)
+            numbers = []
+            while slow.poll(3000):
+                data = json.loads(slow.recv_multipart()[-1]).get("data")
+                if data:
+                    assert len(data["text/plain"]) == size
+                    numbers.append(int(data["text/plain"][:8]))
+        kept = len(numbers) * size / MIB
+        told(growth, f"a subscriber that took nothing of {count} MiB until the end, and then {kept:.0f} MiB")
+        assert numbers == sorted(set(numbers))
+        assert 32 * MIB < len(numbers) * size < count * size, "the file's limit is 64 MiB"
+        wait_until(lambda: "6\n" in after(client, slow), 20)
 
 
 # Clients

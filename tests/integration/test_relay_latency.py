@@ -53,7 +53,9 @@ SLOWEST = 1.0
 
 
 @pytest.fixture(params=["loopback", "100-mbit-20-ms"])
-def kernel(installation: Installation, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Driven]:
+def kernel(
+    installation: Installation, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Driven]:
     """A relayed ipykernel, on this machine or far away."""
     with contextlib.ExitStack() as stack:
         if request.param == "loopback":
@@ -162,5 +164,3 @@ def test_an_interrupt_overtakes_endless_output(kernel: Driven, probe: Probe) -> 
         reply = kernel.reply(request, 30)
         print(f"interrupted after {1e3 * (time.monotonic() - began):.0f} ms")
     assert reply["ename"] == "KeyboardInterrupt"
-
-

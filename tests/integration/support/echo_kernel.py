@@ -1,8 +1,7 @@
 """A kernel that speaks ZeroMQ and nothing of Jupyter's: for conversations that no notebook would have.
 
-Argument: connection file. Shell and control send back what they get; a request ``many COUNT SIZE`` gets COUNT messages
-of SIZE bytes each, numbered in their first eight. Iopub says ``tick`` all the time. Stdin echoes as well, and hb is a
-heartbeat.
+Argument: connection file. Shell, control, stdin and hb send back what they get; a request ``many COUNT SIZE`` gets
+COUNT messages of SIZE bytes each, numbered in their first eight. Iopub says ``tick`` all the time.
 """
 
 from __future__ import annotations
@@ -10,10 +9,12 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
+from pathlib import Path
 
 import zmq
 
-info = json.load(open(sys.argv[1], encoding="utf-8"))
+info = json.loads(Path(sys.argv[1]).read_text())
 context = zmq.Context()
 
 
@@ -45,12 +46,9 @@ def tick() -> None:
     publisher = bound(zmq.PUB, "iopub")
     while True:
         publisher.send(b"tick")
-        threading.Event().wait(0.05)
+        time.sleep(0.05)
 
 
-for name in ("shell", "control", "stdin"):
+for name in ("shell", "control", "stdin", "hb"):
     threading.Thread(target=echo, args=(name,)).start()
-threading.Thread(target=tick).start()
-heart = bound(zmq.ROUTER, "hb")
-while True:
-    heart.send_multipart(heart.recv_multipart())
+tick()
