@@ -6,6 +6,7 @@ Environment of a test run:
   They are the names given to `require` and `offer`: slurm, wan, irkernel, jjava, xeus-python, gateway-provisioners.
 - `GP_TEST_SLURM_CONF`: the slurm.conf of a cluster to use instead of one of our own.
 - `GP_TEST_PAUSE`: seconds for which a client of a relayed kernel reads nothing (default: 15).
+- `GP_TEST_SEED`: when a relayed kernel's line breaks, as a failed test has printed it.
 - `GP_TEST_CACHE`: where downloads are kept (default: `gp-tests` in the XDG cache folder).
 """
 
