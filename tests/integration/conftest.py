@@ -3,8 +3,10 @@
 Environment of a test run:
 
 - `GP_TEST_REQUIRE`: names, separated by commas, whose absence is a failure and not a skip; `all` for all.
-  They are the names given to `require` and `offer`: slurm, irkernel, jjava, xeus-python, gateway-provisioners.
+  They are the names given to `require` and `offer`: slurm, wan, irkernel, jjava, xeus-python, gateway-provisioners.
 - `GP_TEST_SLURM_CONF`: the slurm.conf of a cluster to use instead of one of our own.
+- `GP_TEST_PAUSE`: seconds for which a client of a relayed kernel reads nothing (default: 15).
+- `GP_TEST_SEED`: when a relayed kernel's line breaks, as a failed test has printed it.
 - `GP_TEST_CACHE`: where downloads are kept (default: `gp-tests` in the XDG cache folder).
 """
 
@@ -19,6 +21,7 @@ from clusters import kernels
 from clusters.availability import offer, require
 from clusters.jupyter_env import JupyterEnv, isolated_jupyter
 from clusters.slurm import SlurmCluster
+from clusters.wan import Link
 from support.installation import Installation, installed
 
 __all__ = ["JupyterEnv", "offer", "require"]
@@ -40,6 +43,17 @@ def slurm() -> Iterator[SlurmCluster]:
             yield cluster
     finally:
         cluster.down()
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    """A far network behind a line that this test may shape and break."""
+    line = Link()
+    offer("wan", line.up)
+    try:
+        yield line
+    finally:
+        line.down()
 
 
 # -- kernels

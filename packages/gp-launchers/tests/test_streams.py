@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from gp_launchers.streams import (
     CREDIT,
     DATA,
     KEPT,
+    LONGEST_KEPT,
     MAX_STREAMS,
     OPEN,
     OVERHEAD,
@@ -318,6 +320,23 @@ def test_an_acknowledgement_cannot_be_taken_back(ends):
         server.streams.receive(ACK, 0, struct.pack("!Q", 0))
     with pytest.raises(WireError, match="cannot be"):
         server.streams.resume(0)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_who_never_acknowledges_what_it_gets_is_left(ends, reads):
+    server, _ = ends
+
+    def given() -> None:
+        server.streams.receive(DATA, 1, b"x" * (BASE // 2))
+        server.consume(1, BASE)
+        if reads:
+            server.put()
+            server.wire = b""
+
+    for _ in range(LONGEST_KEPT // (2 * OVERHEAD)):
+        given()
+    with pytest.raises(WireError, match="does not acknowledge"):
+        deque((given() for _ in range(LONGEST_KEPT // OVERHEAD)), maxlen=0)
 
 
 def test_there_are_not_too_many_streams():

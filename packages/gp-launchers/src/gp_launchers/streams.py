@@ -32,7 +32,8 @@ MAX_STREAMS = 128
 BASE = 8 * 1024  # bytes of credit that a stream always has
 WINDOW = 512 * 1024  # bytes of credit that it may come to
 POOL = 1024 * 1024  # bytes of credit beyond BASE of all streams together
-KEPT = 1536 * 1024  # bytes sent and not acknowledged
+KEPT = 1536 * 1024  # bytes sent and not acknowledged, until no more DATA is sent
+LONGEST_KEPT = 2 * KEPT  # with the frames that must be sent all the same
 ACK_EVERY = 128 * 1024  # bytes received until they are acknowledged
 UNSENT = 128 * 1024  # bytes that wait in a session, until no more frames are given to it
 IDLE = 2.0  # seconds after which unused credit is given back
@@ -302,6 +303,8 @@ class Streams:
             raise WireError(f"stream {number} was never opened")
         elif number in self._streams:  # else closed by us, which the other end did not know yet
             self._take(kind, self._streams[number], payload)
+        if self._kept_bytes + OVERHEAD * len(self._control) > LONGEST_KEPT:
+            raise WireError("the other end does not acknowledge what it gets")
         if self._unacknowledged >= ACK_EVERY:
             self._on_ready()
 
