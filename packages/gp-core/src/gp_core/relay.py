@@ -193,19 +193,22 @@ class Relay:
             asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
-        self._pumping = False
+        self._pumping = True  # or each frame would ask for one more turn
         carrier = self._carrier
         while carrier is not None and carrier.unsent < UNSENT:
-            frames = []
-            size = 0
-            while size < UNSENT and (frame := self.streams.pull()):
-                frames.append(frame)
-                size += len(frame)
+            frames = self.streams.pull_some(UNSENT)
             if not frames:
                 break
-            carrier.send_frames(b"".join(frames))
+            carrier.send_frames(frames)
+        self._pumping = False
         if self._settling is None:
             self._settling = asyncio.get_running_loop().call_later(IDLE, self._settle)
+
+    def send(self, stream: Stream, data: bytes) -> None:
+        """Write to a stream, and to the session at once: a turn of the loop is long for a small message."""
+        self._pumping = True
+        stream.write(data)
+        self._pump()
 
     def _settle(self) -> None:
         again = self.streams.settle()
@@ -268,7 +271,7 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         assert self._stream is not None
         assert self._transport is not None
-        self._stream.write(data)
+        self._relay.send(self._stream, data)
         if self._stream.queued >= ENOUGH:
             self._transport.pause_reading()
 

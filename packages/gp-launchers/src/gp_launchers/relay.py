@@ -104,13 +104,20 @@ class Relay:
         Args:
             everything: All that may be sent, because there will be no other time.
         """
-        self._pumping = False
+        self._pumping = True  # or each frame would ask for one more turn
         session = self._session()
         while session is not None and (everything or session.unsent < UNSENT):
-            frame = self.streams.pull()
-            if not frame:
+            frames = self.streams.pull_some(UNSENT)
+            if not frames:
                 break
-            session.send_frames(frame)
+            session.send_frames(frames)
+        self._pumping = False
+
+    def send(self, stream: Stream, data: bytes) -> None:
+        """Write to a stream, and to the session at once: a turn of the loop is long for a small message."""
+        self._pumping = True
+        stream.write(data)
+        self.pump()
 
     def dropped(self, messages: int, size: int) -> None:
         """Count output that was left out; the server is told by the next `report`."""
@@ -264,7 +271,7 @@ class Channel:
         elif self._messages is not None:
             self._tell(data, self._messages)
         else:
-            self._stream.write(data)
+            self._relay.send(self._stream, data)
             if not self._wants_more():
                 self._watch()
         return self._socket is not None
@@ -273,7 +280,7 @@ class Channel:
         between = messages.between
         ends = messages.ends(data)
         if self._spool is None and self._stream.queued < ENOUGH:
-            self._stream.write(data)
+            self._relay.send(self._stream, data)
             return
         try:
             if self._spool is None:

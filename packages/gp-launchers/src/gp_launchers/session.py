@@ -12,6 +12,7 @@ import time
 
 from . import wire
 from .loop import READ, WRITE
+from .tls import PIECE, decrypt, room
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 
 DEADLINE = 10.0  # seconds for connect and handshake, and again for the server's answer to `hello`
-PIECE = 256 * 1024  # bytes read at a time
-RECORD = 16 * 1024  # bytes of a TLS record
 
 
 class TlsUnsupported(Exception):
@@ -93,7 +92,7 @@ class Session:
         self._socket: socket.socket | None = None
         self._tls: ssl.SSLObject | None = None
         self._shaken = False
-        self._events = 0  # that we wait for
+        self._room = room()
         self._deadline: Timer | None = None
         self._ping: Timer | None = None
         self._ping_every = 0.0
@@ -254,24 +253,20 @@ class Session:
 
     def _decrypt(self) -> None:
         """Pass on the frames that have come."""
-        while self._tls is not None:
-            try:
-                data = self._tls.read(RECORD)
-            except ssl.SSLWantReadError:
-                return
-            except (OSError, ValueError) as error:
-                self.close(f"lost: {error}")
-                return
-            if not data:
-                self.close("closed by the server")
-                return
-            try:
-                for frame in self._decoder.feed(data):
-                    if self._socket is not None:
-                        self._listener.on_frame(self, *frame)
-            except wire.WireError as error:
-                self.close(f"not protocol 2: {error}")
-                return
+        assert self._tls is not None
+        try:
+            size, ended = decrypt(self._tls, self._room)
+        except (OSError, ValueError) as error:
+            self.close(f"lost: {error}")
+            return
+        try:
+            for frame in self._decoder.feed(self._room[:size]):
+                if self._socket is not None:
+                    self._listener.on_frame(self, *frame)
+        except wire.WireError as error:
+            self.close(f"not protocol 2: {error}")
+        if ended:
+            self.close("closed by the server")
 
     def _write(self) -> None:
         if self._socket is None:
@@ -286,10 +281,7 @@ class Session:
         except OSError as error:
             self.close(f"lost: {error}")
             return
-        events = READ | WRITE if self._out else READ
-        if events != self._events:
-            self._events = events
-            self._loop.watch(self._socket.fileno(), events, self._ready)
+        self._loop.watch(self._socket.fileno(), READ | WRITE if self._out else READ, self._ready)
 
     def _keep_alive(self) -> None:
         silence = time.monotonic() - self.last_received
