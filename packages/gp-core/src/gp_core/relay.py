@@ -165,6 +165,7 @@ class Relay:
         Raises:
             WireError: The launcher breaks the rules.
         """
+        self._pumping = True  # what it asks for is sent when the others have been taken too: see `writable`
         self._or_renew(lambda: self.streams.receive(kind, stream, payload))
 
     def _or_renew(self, act: Callable[[], None]) -> None:
@@ -184,7 +185,7 @@ class Relay:
         self.streams.reset()
 
     def writable(self) -> None:
-        """The session can take more."""
+        """The session can take more, or all frames that have come with one piece were received."""
         self._pump()
 
     def _ready(self) -> None:
@@ -196,7 +197,7 @@ class Relay:
         self._pumping = True  # or each frame would ask for one more turn
         carrier = self._carrier
         while carrier is not None and carrier.unsent < UNSENT:
-            frames = self.streams.pull_some(UNSENT)
+            frames = self.streams.pull_some(UNSENT - carrier.unsent)
             if not frames:
                 break
             carrier.send_frames(frames)

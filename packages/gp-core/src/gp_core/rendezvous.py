@@ -65,7 +65,7 @@ class Kernel(Protocol):
         """
 
     def writable(self, session: Session) -> None:
-        """What was queued in the session has been sent."""
+        """What was queued in the session has been sent, or all that has come was received."""
 
     def disconnected(self, session: Session) -> None:
         """The session broke; says nothing about the kernel."""
@@ -202,6 +202,8 @@ class Session(asyncio.Protocol):
         while len(buffer) - size < RECORD:  # it was full: there may be more
             size, ended = decrypt(tls, buffer)
             self._frames(buffer[:size])
+            if self.kernel is not None:
+                self.kernel.writable(self)
             if ended:
                 self.close()
 

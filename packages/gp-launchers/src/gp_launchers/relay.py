@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .session import Session
     from .streams import Stream
 
-PIECE = 64 * 1024  # bytes read at a time
+PIECE = 128 * 1024  # bytes read at a time
 ENOUGH = 256 * 1024  # bytes that wait for the session, until no more are read (iopub: until they go to the spool)
 LAST = 64  # pieces that are read after a kernel's end
 AGAIN = 0.05  # seconds between attempts to connect
@@ -107,7 +107,7 @@ class Relay:
         self._pumping = True  # or each frame would ask for one more turn
         session = self._session()
         while session is not None and (everything or session.unsent < UNSENT):
-            frames = self.streams.pull_some(UNSENT)
+            frames = self.streams.pull_some(UNSENT - session.unsent)
             if not frames:
                 break
             session.send_frames(frames)

@@ -92,7 +92,7 @@ class Session:
         self._socket: socket.socket | None = None
         self._tls: ssl.SSLObject | None = None
         self._shaken = False
-        self._room = room()
+        self._piece, self._room = memoryview(bytearray(PIECE)), room()
         self._deadline: Timer | None = None
         self._ping: Timer | None = None
         self._ping_every = 0.0
@@ -166,7 +166,7 @@ class Session:
                 self._socket.sendall(self._outgoing.read())
                 # Then read on: closing with unread data makes TCP throw away what we have just sent.
                 self._socket.shutdown(socket.SHUT_WR)
-                while self._socket.recv(PIECE) and time.monotonic() < end:
+                while self._socket.recv_into(self._piece) and time.monotonic() < end:
                     pass
             except OSError:
                 pass
@@ -235,17 +235,17 @@ class Session:
         if self._socket is None or self._tls is None:
             return
         try:
-            data = self._socket.recv(PIECE)
+            size = self._socket.recv_into(self._piece)
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
             self.close(f"lost: {error}")
             return
-        if not data:
+        if not size:
             self.close("closed by the server")
             return
         self.last_received = time.monotonic()
-        self._incoming.write(data)
+        self._incoming.write(self._piece[:size])
         if not self._shaken:
             self._shake(self._tls)
         if self._shaken:

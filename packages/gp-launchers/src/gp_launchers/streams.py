@@ -27,13 +27,14 @@ OPEN, DATA, CLOSE, CREDIT, RETURN, WANT, ACK = 1, 2, 3, 4, 5, 6, 7
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 URGENT = ("control", "hb")  # these overtake the others
 
-CHUNK = 64 * 1024 - HEADER.size  # bytes of one frame at most, four TLS records: what an interrupt may have to wait for
+CHUNK = 128 * 1024 - HEADER.size  # bytes of one frame at most, four TLS records: what an interrupt may have to wait for
 MAX_STREAMS = 128
 BASE = 8 * 1024  # bytes of credit that a stream always has
 WINDOW = 512 * 1024  # bytes of credit that it may come to
 POOL = 1024 * 1024  # bytes of credit beyond BASE of all streams together
 KEPT = 1536 * 1024  # bytes sent and not acknowledged
-ACK_EVERY = 128 * 1024  # bytes received until they are acknowledged
+ACK_EVERY = 384 * 1024  # bytes received until they are acknowledged
+ACK_ALONG = 96 * 1024  # likewise, when other frames are sent anyway
 UNSENT = 128 * 1024  # bytes that wait in a session, until no more frames are given to it
 IDLE = 2.0  # seconds after which unused credit is given back
 OVERHEAD = 100  # bytes that a frame costs beyond its own
@@ -194,7 +195,7 @@ class Streams:
         """Return the next frame to send, or nothing."""
         if self._again:
             return self._again.popleft()
-        if self._unacknowledged >= ACK_EVERY:
+        if self._unacknowledged >= (ACK_ALONG if self._control else ACK_EVERY):
             self._unacknowledged = 0
             return pack(ACK, 0, _COUNT.pack(self.received))
         if self._control:
