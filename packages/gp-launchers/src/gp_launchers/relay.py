@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PIECE = 128 * 1024  # bytes read at a time
 ENOUGH = 256 * 1024  # bytes that wait for the session, until no more are read (iopub: until they go to the spool)
+LARGE = 1024 * 1024  # bytes, more than any piece: once that was freed, glibc keeps as much at hand
 LAST = 64  # pieces that are read after a kernel's end
 AGAIN = 0.05  # seconds between attempts to connect
 BUFFER = 64 * 1024 * 1024  # bytes of a spool, unless the server says otherwise
@@ -42,6 +43,7 @@ class Relay:
 
     def __init__(self, loop: Loop, session: Callable[[], Session | None], folder: Callable[[], str], log: Log) -> None:
         self.streams = Streams(False, self._opened, self._ready)
+        bytearray(LARGE).clear()
         self.identity: str | None = None  # the server's name for its end of the streams
         self.buffer = BUFFER
         self.lost_messages = self.lost_bytes = 0  # of iopub, because nobody took them in time
