@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PIECE = 128 * 1024  # bytes read at a time
 ENOUGH = 256 * 1024  # bytes that wait for the session, until no more are read (iopub: until they go to the spool)
+SMALL = 16 * 1024  # bytes read at a time from a kernel that says little: a large buffer is mapped each time
 LARGE = 1024 * 1024  # bytes, more than any piece: once that was freed, glibc keeps as much at hand
 LAST = 64  # pieces that are read after a kernel's end
 AGAIN = 0.05  # seconds between attempts to connect
@@ -43,7 +44,7 @@ class Relay:
 
     def __init__(self, loop: Loop, session: Callable[[], Session | None], folder: Callable[[], str], log: Log) -> None:
         self.streams = Streams(False, self._opened, self._ready)
-        bytearray(LARGE).clear()
+        bytearray(LARGE)
         self.identity: str | None = None  # the server's name for its end of the streams
         self.buffer = BUFFER
         self.lost_messages = self.lost_bytes = 0  # of iopub, because nobody took them in time
@@ -166,6 +167,7 @@ class Channel:
         self._connected = False
         self._gone = False
         self._timer: Timer | None = None
+        self._piece = SMALL
         self._out = bytearray()  # for the kernel; bounded by the credit that the server has
         # the kernel throws away what its subscribers on iopub do not take, so that channel is read always
         self._messages = Messages() if stream.channel == "iopub" else None
@@ -263,11 +265,12 @@ class Channel:
         """Take some bytes from the kernel; return whether there may be more."""
         assert self._socket is not None
         try:
-            data = self._socket.recv(PIECE)
+            data = self._socket.recv(self._piece)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:
             data = b""
+        self._piece = PIECE if len(data) >= SMALL else SMALL
         if not data:
             self.end()
         elif self._messages is not None:
