@@ -44,7 +44,7 @@ class Relay:
 
     def __init__(self, loop: Loop, session: Callable[[], Session | None], folder: Callable[[], str], log: Log) -> None:
         self.streams = Streams(False, self._opened, self._ready)
-        bytearray(LARGE)
+        bytearray(LARGE)  # see there
         self.identity: str | None = None  # the server's name for its end of the streams
         self.buffer = BUFFER
         self.lost_messages = self.lost_bytes = 0  # of iopub, because nobody took them in time
@@ -110,7 +110,7 @@ class Relay:
         self._pumping = True  # or each frame would ask for one more turn
         session = self._session()
         while session is not None and (everything or session.unsent < UNSENT):
-            frames = self.streams.pull_some(UNSENT - session.unsent)
+            frames = self.streams.pull_some(max(1, UNSENT - session.unsent))
             if not frames:
                 break
             session.send_frames(frames)

@@ -86,7 +86,7 @@ class Session:
         self._hello = hello
         self._listener = listener
         self._decoder = wire.Decoder()
-        # TLS over memory buffers: an SSLSocket asks the system twice for each record that it reads, once for each it sends
+        # an SSLSocket would call the system twice for each record that it reads, and once for each that it sends
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._out = memoryview(b"")  # encrypted, not taken by the system
         self._socket: socket.socket | None = None

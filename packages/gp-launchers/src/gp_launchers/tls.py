@@ -6,7 +6,7 @@ import ssl
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Tuple
+    from typing import Any
 
 PIECE = 256 * 1024  # bytes that are taken from the system at a time
 RECORD = 16 * 1024  # bytes of a TLS record at most
@@ -17,7 +17,7 @@ def room() -> memoryview:
     return memoryview(bytearray(PIECE + 2 * RECORD))
 
 
-def decrypt(tls: ssl.SSLObject, buffer: memoryview) -> Tuple[int, bool]:
+def decrypt(tls: ssl.SSLObject, buffer: memoryview) -> tuple[int, bool]:
     """Decrypt what has come, as long as there is room for a record.
 
     Args:
@@ -34,7 +34,7 @@ def decrypt(tls: ssl.SSLObject, buffer: memoryview) -> Tuple[int, bool]:
     while len(buffer) - count >= RECORD:
         rest = buffer[count:]
         try:
-            size = tls.read(len(rest), rest)
+            size: Any = tls.read(len(rest), rest)  # a number, because of the buffer
         except ssl.SSLWantReadError:
             break
         if not size:
