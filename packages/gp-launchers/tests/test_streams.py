@@ -273,6 +273,28 @@ def test_control_overtakes_and_the_others_take_turns(ends):
     assert order == [3, 1, 2, 1, 2, 1, 2]
 
 
+def test_some_frames_are_pulled_as_one_piece_in_their_order(ends):
+    server, launcher = ends
+    launcher.mine[1].credit = WINDOW
+    for piece in (b"a" * 1000, b"b" * 2000, b"c" * 3000):
+        launcher.mine[1].write(piece)
+    assert launcher.streams.pull_some(1500) == pack(DATA, 1, b"a" * 1000) + pack(DATA, 1, b"b" * 2000)
+    assert launcher.streams.pull_some(1) == pack(DATA, 1, b"c" * 3000)
+    assert launcher.streams.pull_some(1) == b""
+
+
+def test_an_acknowledgement_goes_along_with_other_frames(ends):
+    server, launcher = ends
+    launcher.mine[1].credit = WINDOW
+    server.mine[1].granted = server.mine[1].window = WINDOW
+    launcher.mine[1].write(b"x" * module.ACK_ALONG)
+    moved(launcher, server)
+    assert server.streams.pull() == b"", "nothing else is to be sent"
+    server.took(server.streams.open("shell"))
+    assert server.streams.pull()[0] == ACK
+    assert server.streams.pull()[0] == OPEN
+
+
 def test_a_reset_closes_all_and_begins_anew(ends):
     server, launcher = ends
     launcher.mine[1].write(b"x" * 1000)

@@ -194,6 +194,7 @@ class Relay:
         Raises:
             WireError: The launcher breaks the rules.
         """
+        self._pumping = True  # what it asks for is sent when the others have been taken too: see `writable`
         self._or_renew(lambda: self.streams.receive(kind, stream, payload))
 
     def _or_renew(self, act: Callable[[], None]) -> None:
@@ -213,7 +214,7 @@ class Relay:
         self.streams.reset()
 
     def writable(self) -> None:
-        """The session can take more."""
+        """The session can take more, or all frames that have come with one piece were received."""
         self._pump()
 
     def _ready(self) -> None:
@@ -222,19 +223,22 @@ class Relay:
             asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
-        self._pumping = False
+        self._pumping = True  # or each frame would ask for one more turn
         carrier = self._carrier
         while carrier is not None and carrier.unsent < UNSENT:
-            frames = []
-            size = 0
-            while size < UNSENT and (frame := self.streams.pull()):
-                frames.append(frame)
-                size += len(frame)
+            frames = self.streams.pull_some(UNSENT - carrier.unsent)
             if not frames:
                 break
-            carrier.send_frames(b"".join(frames))
+            carrier.send_frames(frames)
+        self._pumping = False
         if self._settling is None:
             self._settling = asyncio.get_running_loop().call_later(IDLE, self._settle)
+
+    def send(self, stream: Stream, data: bytes) -> None:
+        """Write to a stream, and to the session at once: a turn of the loop is long for a small message."""
+        self._pumping = True
+        stream.write(data)
+        self._pump()
 
     def _settle(self) -> None:
         again = self.streams.settle()
@@ -303,7 +307,7 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         assert self._stream is not None
         assert self._transport is not None
-        self._stream.write(data)
+        self._relay.send(self._stream, data)
         if self._stream.queued >= ENOUGH:
             self._transport.pause_reading()
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 
-from .wire import WireError, pack
+from .wire import HEADER, WireError, pack
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,14 +27,15 @@ OPEN, DATA, CLOSE, CREDIT, RETURN, WANT, ACK = 1, 2, 3, 4, 5, 6, 7
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 URGENT = ("control", "hb")  # these overtake the others
 
-CHUNK = 64 * 1024  # bytes of one frame at most: what an interrupt may have to wait for
+CHUNK = 128 * 1024 - HEADER.size  # bytes of one frame at most, four TLS records: what an interrupt may have to wait for
 MAX_STREAMS = 128
 BASE = 8 * 1024  # bytes of credit that a stream always has
 WINDOW = 512 * 1024  # bytes of credit that it may come to
 POOL = 1024 * 1024  # bytes of credit beyond BASE of all streams together
 KEPT = 1536 * 1024  # bytes sent and not acknowledged, until no more DATA is sent
 LONGEST_KEPT = 2 * KEPT  # with the frames that must be sent all the same
-ACK_EVERY = 128 * 1024  # bytes received until they are acknowledged
+ACK_EVERY = 384 * 1024  # bytes received until they are acknowledged
+ACK_ALONG = 96 * 1024  # likewise, when other frames are sent anyway
 UNSENT = 128 * 1024  # bytes that wait in a session, until no more frames are given to it
 IDLE = 2.0  # seconds after which unused credit is given back
 OVERHEAD = 100  # bytes that a frame costs beyond its own
@@ -89,7 +90,7 @@ class Stream:
         self.on_closed: Callable[[], object] = _nothing
         self.on_drained: Callable[[], object] = _nothing
         # as a sender
-        self.queue: deque[bytes] = deque()
+        self.queue: deque[bytes | memoryview] = deque()
         self.credit = BASE  # bytes that we may send
         self.grown = False  # it had more than BASE, which is to be given back
         self.used = False  # since the last `Streams.settle`
@@ -202,7 +203,7 @@ class Streams:
         """Return the next frame to send, or nothing."""
         if self._again:
             return self._again.popleft()
-        if self._unacknowledged >= ACK_EVERY:
+        if self._unacknowledged >= (ACK_ALONG if self._control else ACK_EVERY):
             self._unacknowledged = 0
             return pack(ACK, 0, _COUNT.pack(self.received))
         if self._control:
@@ -212,6 +213,17 @@ class Streams:
                 if turns:
                     return self._data(turns.popleft())
         return b""
+
+    def pull_some(self, size: int) -> bytes:
+        """Return the next frames, until they have some size; they go into few TLS records."""
+        frames = []
+        while size > 0:
+            frame = self.pull()
+            if not frame:
+                break
+            frames.append(frame)
+            size -= len(frame)
+        return frames[0] if len(frames) == 1 else b"".join(frames)
 
     def resume(self, received: int) -> None:
         """Go on over a new connection.
@@ -262,7 +274,7 @@ class Streams:
         if stream.queue and stream.credit and not stream.waiting:
             stream.waiting = True
             self._turns[stream.channel not in URGENT].append(stream)
-        self._on_ready()
+            self._on_ready()
 
     def grant(self, stream: Stream) -> None:
         """Give credit for what was consumed, and more to a stream that wants it."""
@@ -358,6 +370,7 @@ class Streams:
         data = stream.queue.popleft()
         size = min(len(data), stream.credit, CHUNK)
         if size < len(data):
+            data = memoryview(data)  # what is cut is not copied
             stream.queue.appendleft(data[size:])
             data = data[:size]
         stream.credit -= size
