@@ -274,7 +274,7 @@ def test_control_overtakes_and_the_others_take_turns(ends):
 
 
 def test_some_frames_are_pulled_as_one_piece_in_their_order(ends):
-    server, launcher = ends
+    _server, launcher = ends
     launcher.mine[1].credit = WINDOW
     for piece in (b"a" * 1000, b"b" * 2000, b"c" * 3000):
         launcher.mine[1].write(piece)
