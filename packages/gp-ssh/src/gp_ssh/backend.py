@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import signal as signals
 import time
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from traitlets import Dict, List, Unicode, Union
+from traitlets import CaselessStrEnum, Dict, List, Unicode, Union
 
 from gp_core import (
     Backend,
@@ -30,9 +31,11 @@ from gp_core import (
 )
 from gp_core.balancing import Ledger, select
 from gp_core.plugins import plugins
+from gp_core.server import kernel_server
+from gp_launchers.options import addresses
 
 from .connection import ConnectionFailed, Pool
-from .host import RemoteHost
+from .host import Launcher, RemoteHost
 from .hosts import Entry, entries
 
 ENDED = Reason("LauncherEnded", "Read the kernel's log (jupyter gp logs); a host that was rebooted loses its kernels.")
@@ -80,6 +83,14 @@ class SshBackend(Backend):
         Unicode(help="Python of the hosts, 3.8 or newer, to run launchers. Default: what is found there."),
         "GP_REMOTE_PYTHON",
     )
+    callback = from_env(
+        CaselessStrEnum(
+            ["auto", "dial", "ssh"],
+            "auto",
+            help="How launchers call back: by dialling the server, through ssh, or as a first visit to the host finds.",
+        ),
+        "GP_SSH_CALLBACK",
+    )
     ssh_config = from_env(Unicode(help="Configuration of ssh. Default: the user's own."), "GP_SSH_CONFIG")
 
     async def launch(self, request: LaunchRequest) -> Handle:
@@ -94,7 +105,7 @@ class SshBackend(Backend):
         while able:
             entry = self._chosen(able, request)
             try:
-                note = await self._start(entry, request)
+                handle = await self._start(entry, request)
             except BackendError as error:
                 _shared.ledger.ended(request.kernel_id)
                 _shared.ledger.failed(entry.text, time.monotonic())
@@ -105,7 +116,7 @@ class SshBackend(Backend):
                 del able[entry.text]
             else:
                 _shared.ledger.ok(entry.text)
-                return {"kernel_id": request.kernel_id, "host": entry.text, "note": note}
+                return handle
         text = f"kernel {request.kernel_id} found no host to run on"
         raise LaunchFailed(text, reason=NO_HOST, log="\n".join(failures))
 
@@ -114,20 +125,35 @@ class SshBackend(Backend):
         now, ask = time.monotonic(), plugins().select_host
         return able[select(self.load_balancing_algorithm, hosts, request, _shared.ledger, now=now, ask=ask)]
 
-    async def _start(self, entry: Entry, request: LaunchRequest) -> dict[str, Any]:
+    async def _start(self, entry: Entry, request: LaunchRequest) -> Handle:
+        host, launcher = await self._host(entry), await Launcher.read(request.launcher_file)
+        facts = await host.visit(launcher.name, _dialled(request))
+        handle: Handle = {"kernel_id": request.kernel_id, "host": entry.text}
+        first = ""
+        if self.callback == "ssh" or (self.callback == "auto" and not facts.reached):
+            handle["forward"] = await host.forward(request.listener, request.kernel_id)
+            first = f"127.0.0.1:{handle['forward']}"
         asked = {
             "installation": self.installation,
             "kernel_id": request.kernel_id,
-            "arguments": [*request.launcher_arguments(), "--", *request.argv],
+            "arguments": [*request.launcher_arguments(dial_first=first), "--", *request.argv],
             "secrets": request.secrets["GP_LAUNCH_SECRETS"],
         }
-        return await (await self._host(entry)).start(request.launcher_file, asked)
+        try:
+            return {**handle, "note": await host.start(launcher, asked)}
+        except BaseException:
+            host.release(request.kernel_id)
+            raise
 
     async def status(self, handle: Handle) -> Status:
         host = await self._host_of(handle)
+        if "forward" in handle:  # a server that has taken it over opens the way that its launcher knows
+            with contextlib.suppress(BackendError):
+                await host.forward(kernel_server(self.config).listener, handle["kernel_id"], handle["forward"])
         if await host.runs(handle["note"]):
             return Status(state=State.RUNNING, host=host.line.target.hostname)
         _shared.ledger.ended(handle["kernel_id"])
+        host.release(handle["kernel_id"])
         return Status(state=State.GONE, reason=ENDED, detail=f"its launcher does not run on {handle['host']} any more")
 
     async def signal(self, handle: Handle, signum: int) -> bool:
@@ -209,6 +235,12 @@ def _checked(kernel_id: str) -> str:
     if not KERNEL_ID.fullmatch(kernel_id):
         raise ConfigError(f"kernel id {kernel_id[:40]!r} cannot be a file name: use letters, digits, - and _")
     return kernel_id
+
+
+def _dialled(request: LaunchRequest) -> list[tuple[str, int]]:
+    """Where the launcher of a request would call."""
+    told = next(word.partition("=")[2] for word in request.launcher_options if word.startswith("--response-address="))
+    return addresses(told)
 
 
 @hookimpl

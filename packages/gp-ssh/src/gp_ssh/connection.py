@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 CHANNELS = 8  # at a time; sshd allows ten of one connection (MaxSessions)
 UNANSWERED = 15.0  # seconds until data that nobody acknowledges, or a silent host, breaks a connection
-IDLE = 300.0  # seconds until a connection that nobody uses is closed
 LINE = 'IFS= read -r line && eval "$line"'  # no word of it means anything else to fish or csh between single quotes
 COMMAND = f"exec /bin/sh -c '{LINE}'"
 """What is run on every host: whatever the login shell is, a plain one takes over and reads what to do."""
@@ -175,6 +174,16 @@ class Connection:
         finally:
             self.used = time.monotonic()
 
+    def check(self) -> None:
+        """Wait for an answer of the host's sshd, whatever it is; a host that hangs gives none, and this does not end.
+
+        Raises:
+            ConnectionFailed: The connection is lost.
+        """
+        self.transport.global_request("keepalive@openssh.com", wait=True)
+        if not self.is_open:
+            raise ConnectionFailed(f"the connection to {self.target.name} is lost", UNREACHABLE)
+
     def _channel(self, deadline: float) -> paramiko.Channel:
         while True:
             try:
@@ -260,6 +269,21 @@ class Line:
                 through = await self._through.connection() if self._through is not None else None
                 self._connection = await blocking(Connection, self.target, through)
             return self._connection
+
+    async def checked(self) -> Connection:
+        """Return a connection that has answered just now.
+
+        Raises:
+            ConnectionFailed: There is none to be had.
+        """
+        connection = await self.connection()
+        try:
+            await asyncio.wait_for(blocking(connection.check), UNANSWERED)
+        except (asyncio.TimeoutError, ConnectionFailed):
+            if connection is self._connection:
+                self.close()
+            raise ConnectionFailed(f"{self.target.name} does not answer", UNREACHABLE) from None
+        return connection
 
     async def run(self, line: str, data: bytes = b"", *, timeout: float = 20.0) -> Answer:
         """Let ``/bin/sh`` of the host run a line; see `Connection.run`."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,8 +69,18 @@ def look(request: Request, more: bytes) -> Request:
         "boot": boot_id(),
         "clock": time.time(),
         "free": stat.f_bavail * stat.f_frsize,
+        "reached": [address for address in request["dial"] if reaches(*address)],
         "launcher": os.path.exists(os.path.join(folder("launchers"), request["launcher"])),
     }
+
+
+def reaches(host: str, port: int) -> bool:
+    """Whether a launcher here could dial a server there."""
+    try:
+        socket.create_connection((host, port), 1.0).close()
+        return True
+    except OSError:
+        return False
 
 
 def start(request: Request, more: bytes) -> Request:

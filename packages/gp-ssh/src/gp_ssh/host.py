@@ -6,10 +6,11 @@ import asyncio
 import hashlib
 import inspect
 import json
+import logging
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from gp_core.runtime import runtime
 
 from . import far
 from .connection import ConnectionFailed, Line
+from .forward import Forward
+
+log = logging.getLogger(__name__)
 
 SCRIPT = inspect.getsource(far).encode()
 LOADER = (
@@ -28,6 +32,8 @@ CANDIDATES = (
     "python3", *(f"python3.{minor}" for minor in range(14, 7, -1)), "python", "/usr/libexec/platform-python",
     "~/miniforge3/bin/python", "~/miniconda3/bin/python", "~/anaconda3/bin/python", "/opt/conda/bin/python",
 )  # fmt: skip
+LOOK = 5.0  # seconds between two looks at a connection that launchers call through
+SHORTEST, LONGEST = 1.0, 15.0  # seconds until the next attempt to mend it
 TOGETHER = 0.02  # seconds in which questions for the state of kernels are gathered into one
 NO_PYTHON = Reason("NoPython", "Install Python 3.8 or newer on the host, or say where it is by remote_python.")
 FAR_FAILED = Reason("HostFailed", "The host's own message is above; often its disk is full or the home is read-only.")
@@ -44,6 +50,7 @@ class Facts:
         boot: Changes with each boot.
         clock: Seconds since the epoch over there.
         free: Bytes free in the home.
+        reached: Those addresses of the server that can be dialled from there.
     """
 
     python: str
@@ -52,6 +59,23 @@ class Facts:
     boot: str
     clock: float
     free: int
+    reached: list[list[Any]]
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The launcher's file: what it is called over there, its hash and its bytes."""
+
+    name: str
+    sha256: str
+    data: bytes = field(repr=False)
+
+    @classmethod
+    async def read(cls, path: Path) -> Launcher:
+        """Read a file of this machine."""
+        data = await blocking(path.read_bytes)
+        digest = hashlib.sha256(data).hexdigest()
+        return cls(f"gp-launcher-{digest[:16]}.pyz", digest, data)
 
 
 class RemoteHost:
@@ -69,6 +93,9 @@ class RemoteHost:
         self._launchers: set[str] = set()  # that are there
         self._visiting = asyncio.Lock()
         self._gathered: list[tuple[Mapping[str, Any], asyncio.Future[bool]]] = []
+        self._forward: Forward | None = None
+        self._callers: set[str] = set()  # kernels whose launchers call through ssh
+        self._holding: asyncio.Task[None] | None = None
 
     @property
     def name(self) -> str:
@@ -76,8 +103,12 @@ class RemoteHost:
 
     # -- questions
 
-    async def visit(self, launcher: str = "-") -> Facts:
+    async def visit(self, launcher: str = "-", dial: Sequence[tuple[str, int]] = ()) -> Facts:
         """Find a Python there; the first visit only, as long as it stays what it is.
+
+        Args:
+            launcher: File to look for.
+            dial: Addresses to try from there.
 
         Raises:
             ConnectionFailed: The host cannot be reached, or has no Python that can be used.
@@ -85,7 +116,7 @@ class RemoteHost:
         async with self._visiting:
             if self.facts is None:
                 search = _search([self._python] if self._python else CANDIDATES)
-                answer = await self._ask(search, "look", {"launcher": launcher})
+                answer = await self._ask(search, "look", {"launcher": launcher, "dial": list(dial)})
                 if "pythons" in answer:
                     found = answer["pythons"].strip() or "none"
                     text = f"{self.name} has no Python that can be used; found: {found}"
@@ -107,16 +138,14 @@ class RemoteHost:
         line = f"exec {shlex.quote(facts.python)} -I -S -c {shlex.quote(LOADER)}"
         return await self._ask(line, question, request, more)
 
-    async def start(self, launcher: Path, request: Mapping[str, Any]) -> dict[str, Any]:
+    async def start(self, launcher: Launcher, request: Mapping[str, Any]) -> dict[str, Any]:
         """Start a launcher, and bring it there if the host does not have it; returns the note of its process.
 
         Args:
-            launcher: File of this machine.
+            launcher: What to start.
             request: For `far.start`.
         """
-        data = await blocking(launcher.read_bytes)
-        digest = hashlib.sha256(data).hexdigest()
-        name = f"gp-launcher-{digest[:16]}.pyz"
+        name, digest, data = launcher.name, launcher.sha256, launcher.data
         await self.visit(name)
         more = b"" if name in self._launchers else data
         for _ in range(2):
@@ -151,6 +180,49 @@ class RemoteHost:
                 waiting.set_exception(it)
             else:
                 waiting.set_result(it)
+
+    # -- launchers that call back through ssh
+
+    async def forward(self, listener: tuple[str, int], kernel_id: str, port: int = 0) -> int:
+        """Let a kernel's launcher call through ssh, until `release`; the way is mended when the connection is lost.
+
+        Args:
+            listener: Of this machine.
+            kernel_id: The kernel's.
+            port: Of the host, if its launcher knows one already.
+
+        Returns:
+            The port of the host's loopback.
+
+        Raises:
+            BackendError: The host cannot be reached, or does not allow it.
+        """
+        if self._forward is None:
+            self._forward = Forward(listener)
+            self._forward.port = port
+        self._callers.add(kernel_id)
+        await blocking(self._forward.attach, await self.line.connection())
+        if self._holding is None or self._holding.done():
+            self._holding = runtime().spawn(self._hold(self._forward), name="forward of a host")
+        return self._forward.port
+
+    def release(self, kernel_id: str) -> None:
+        """Forget a kernel that has ended."""
+        self._callers.discard(kernel_id)
+
+    async def _hold(self, forward: Forward) -> None:
+        pause = SHORTEST
+        while self._callers:
+            await asyncio.sleep(pause)
+            try:
+                connection = await self.line.checked()
+                await blocking(forward.attach, connection)
+                pause = LOOK if pause <= LOOK else SHORTEST
+            except BackendError as error:
+                log.debug("the way back from %s: %s", self.name, error)
+                pause = min(2 * pause, LONGEST)
+        forward.close()
+        self._forward = None
 
     # -- parts
 
