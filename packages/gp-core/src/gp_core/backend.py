@@ -111,7 +111,7 @@ class LaunchRequest(KernelInfo):
         port_range: Where the kernel may listen.
         launcher_file: The launcher on this machine as one executable zip file.
         launcher_options: Arguments of the launcher, without secrets.
-        listener: Host and port where this process listens for launchers, for a backend that brings their calls here itself.
+        listener: Where this process listens for launchers, for a backend that brings their calls here itself.
     """
 
     argv: Sequence[str]
