@@ -111,6 +111,7 @@ class LaunchRequest(KernelInfo):
         port_range: Where the kernel may listen.
         launcher_file: The launcher on this machine as one executable zip file.
         launcher_options: Arguments of the launcher, without secrets.
+        listener: Where this process listens for launchers, for a backend that brings their calls here itself.
     """
 
     argv: Sequence[str]
@@ -124,6 +125,7 @@ class LaunchRequest(KernelInfo):
     port_range: PortRange = field(default_factory=PortRange)
     launcher_file: Path = Path("gp-launcher.pyz")
     launcher_options: Sequence[str] = ()
+    listener: tuple[str, int] = ("127.0.0.1", 0)
 
     def command(self, launcher: str | Path | None = None, *, python: str = "python3") -> list[str]:
         """Return the argv to run on the far side.
@@ -141,9 +143,17 @@ class LaunchRequest(KernelInfo):
         start = [python, "-I", "-S", str(launcher or self.launcher_file)]
         return [*start, *self.launcher_arguments(), "--", *self.argv]
 
-    def launcher_arguments(self) -> list[str]:
-        """Return the launcher's options, for a backend that starts it in a way of its own."""
-        return [*self.launcher_options, *([f"--cwd={self.cwd}"] if self.cwd else [])]
+    def launcher_arguments(self, *, dial_first: str = "") -> list[str]:
+        """Return the launcher's options, for a backend that starts it in a way of its own.
+
+        Args:
+            dial_first: ``host:port`` that the launcher tries before the server's own addresses.
+        """
+        options = list(self.launcher_options)
+        if dial_first:
+            told = "--response-address="
+            options = [f"{told}{dial_first},{word[len(told) :]}" if word.startswith(told) else word for word in options]
+        return [*options, *([f"--cwd={self.cwd}"] if self.cwd else [])]
 
     def script_environment(self) -> dict[str, str]:
         """Return the variables that a command on this machine needs on top of the server's, secrets included."""

@@ -127,6 +127,7 @@ class Planner:
             parameters=parameters,
             port_range=policy.port_range,
             launcher_file=self.server.launcher_file,
+            listener=self.server.listener,
             launcher_options=launcher_options(
                 self.server, self.kernel_id, policy.port_range, self.orphan_timeout, local=self.backend.runs_here
             ),

@@ -253,6 +253,7 @@ class Installation:
             env={"KERNEL_ID": kernel_id, "KERNEL_USERNAME": "tester", **(env or {})},
             cwd=cwd,
             launcher_file=self.server.launcher_file,
+            listener=self.server.listener,
             launcher_options=[
                 *launcher_options(self.server, kernel_id, PortRange(), 60.0, local=self.backend_class.runs_here),
                 *more_options,
