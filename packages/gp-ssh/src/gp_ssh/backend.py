@@ -194,7 +194,7 @@ class SshBackend(Backend):
     async def _checked_host(self, entry: Entry) -> Finding:
         begun, subject = time.monotonic(), f"ssh host {entry.text}"
         try:
-            facts = await (await self._host(entry)).visit()
+            facts = await (await self._host(entry)).visit(again=True)
         except ConnectionFailed as error:
             return Finding(ok=False, subject=subject, text=error.text, advice=error.reason.advice)
         except (BackendError, ConfigError) as error:

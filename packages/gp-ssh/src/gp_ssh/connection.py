@@ -11,6 +11,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import paramiko
@@ -75,6 +76,8 @@ class Connection:
         self.target = target
         self.through = through
         self.used = time.monotonic()
+        self._global = threading.Lock()  # paramiko mixes up the answers to global requests of several threads
+        self._arrivals: dict[int, Callable[[paramiko.Channel], object]] = {}
         self._client = client = paramiko.SSHClient()
         client.set_missing_host_key_policy(paramiko.RejectPolicy())
         for path in target.known_hosts:
@@ -180,9 +183,32 @@ class Connection:
         Raises:
             ConnectionFailed: The connection is lost.
         """
-        self.transport.global_request("keepalive@openssh.com", wait=True)
+        with self._global:
+            self.transport.global_request("keepalive@openssh.com", wait=True)
         if not self.is_open:
             raise ConnectionFailed(f"the connection to {self.target.name} is lost", UNREACHABLE)
+
+    def forward(self, port: int, arrived: Callable[[paramiko.Channel], object]) -> int:
+        """Let a port of the host's loopback listen.
+
+        Args:
+            port: Of the host; 0: any.
+            arrived: Gets every connection, in paramiko's thread.
+
+        Returns:
+            The port.
+
+        Raises:
+            paramiko.SSHException: The host does not allow it, or the port is taken.
+        """
+        with self._global:
+            port = self.transport.request_port_forward("127.0.0.1", port, self._arrived)
+        self._arrivals[port] = arrived
+        return port
+
+    def _arrived(self, channel: paramiko.Channel, origin: object, server: tuple[str, int]) -> None:
+        # paramiko knows one handler, whatever the number of ports
+        self._arrivals.get(server[1], paramiko.Channel.close)(channel)
 
     def _channel(self, deadline: float) -> paramiko.Channel:
         while True:

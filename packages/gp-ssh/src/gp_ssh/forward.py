@@ -32,17 +32,18 @@ class Forward:
 
     Args:
         listener: ``host`` and ``port`` of this machine.
+        port: Of the host; 0: any.
+
+    Attributes:
+        callers: Kernels whose launchers use it.
     """
 
-    def __init__(self, listener: tuple[str, int]) -> None:
-        self.port = 0  #: on the host; 0: not yet
+    def __init__(self, listener: tuple[str, int], port: int = 0) -> None:
+        self.port = port
+        self.callers: set[str] = set()
         self._carrier = Carrier(listener)
-        self._attached: paramiko.Transport | None = None
-
-    @property
-    def address(self) -> str:
-        """What launchers on the host dial."""
-        return f"127.0.0.1:{self.port}"
+        self._attached: Connection | None = None
+        self._attaching = threading.Lock()
 
     def attach(self, connection: Connection) -> None:
         """Ask a connection for the port, unless it has it; blocks.
@@ -50,18 +51,15 @@ class Forward:
         Raises:
             BackendError: The host's sshd does not allow it, or another process has the port by now.
         """
-        transport = connection.transport
-        if transport is self._attached:
-            return
-        try:
-            self.port = transport.request_port_forward("127.0.0.1", self.port, self._arrived)
-        except (paramiko.SSHException, OSError, EOFError) as error:
-            where = f" at its port {self.port}" if self.port else ""
-            raise BackendError(f"{connection.target.name} does not forward connections{where}: {error}") from None
-        self._attached = transport
-
-    def _arrived(self, channel: paramiko.Channel, origin: object, server: object) -> None:
-        self._carrier.add(channel)  # in paramiko's thread, which must not wait
+        with self._attaching:
+            if connection is self._attached:
+                return
+            try:
+                self.port = connection.forward(self.port, self._carrier.add)
+            except (paramiko.SSHException, OSError, EOFError) as error:
+                where = f" at its port {self.port}" if self.port else ""
+                raise BackendError(f"{connection.target.name} does not forward connections{where}: {error}") from None
+            self._attached = connection
 
     def close(self) -> None:
         """End all connections; the port goes with the ssh connection."""
@@ -102,6 +100,9 @@ class Carrier:
 
     def add(self, channel: paramiko.Channel) -> None:
         """Carry one more connection; returns at once, from any thread."""
+        if self._closed:
+            channel.close()
+            return
         self._new.append(channel)
         self._wake.send(b".")
 

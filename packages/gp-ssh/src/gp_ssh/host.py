@@ -93,9 +93,7 @@ class RemoteHost:
         self._launchers: set[str] = set()  # that are there
         self._visiting = asyncio.Lock()
         self._gathered: list[tuple[Mapping[str, Any], asyncio.Future[bool]]] = []
-        self._forward: Forward | None = None
-        self._callers: set[str] = set()  # kernels whose launchers call through ssh
-        self._holding: asyncio.Task[None] | None = None
+        self._forwards: dict[tuple[str, int], Forward] = {}  # by listener: there is one in a process, but in tests
 
     @property
     def name(self) -> str:
@@ -103,18 +101,19 @@ class RemoteHost:
 
     # -- questions
 
-    async def visit(self, launcher: str = "-", dial: Sequence[tuple[str, int]] = ()) -> Facts:
+    async def visit(self, launcher: str = "-", dial: Sequence[tuple[str, int]] = (), *, again: bool = False) -> Facts:
         """Find a Python there; the first visit only, as long as it stays what it is.
 
         Args:
             launcher: File to look for.
             dial: Addresses to try from there.
+            again: Go there in any case.
 
         Raises:
             ConnectionFailed: The host cannot be reached, or has no Python that can be used.
         """
         async with self._visiting:
-            if self.facts is None:
+            if self.facts is None or again:
                 search = _search([self._python] if self._python else CANDIDATES)
                 answer = await self._ask(search, "look", {"launcher": launcher, "dial": list(dial)})
                 if "pythons" in answer:
@@ -197,32 +196,33 @@ class RemoteHost:
         Raises:
             BackendError: The host cannot be reached, or does not allow it.
         """
-        if self._forward is None:
-            self._forward = Forward(listener)
-            self._forward.port = port
-        self._callers.add(kernel_id)
-        await blocking(self._forward.attach, await self.line.connection())
-        if self._holding is None or self._holding.done():
-            self._holding = runtime().spawn(self._hold(self._forward), name="forward of a host")
-        return self._forward.port
+        forward = self._forwards.get(listener)
+        if forward is None:
+            forward = self._forwards[listener] = Forward(listener, port)
+            runtime().spawn(self._hold(listener, forward), name="forward of a host")
+        forward.callers.add(kernel_id)
+        await blocking(forward.attach, await self.line.connection())
+        return forward.port
 
     def release(self, kernel_id: str) -> None:
         """Forget a kernel that has ended."""
-        self._callers.discard(kernel_id)
+        for forward in self._forwards.values():
+            forward.callers.discard(kernel_id)
 
-    async def _hold(self, forward: Forward) -> None:
+    async def _hold(self, listener: tuple[str, int], forward: Forward) -> None:
         pause = SHORTEST
-        while self._callers:
+        while True:
             await asyncio.sleep(pause)
+            if not forward.callers:
+                break
             try:
-                connection = await self.line.checked()
-                await blocking(forward.attach, connection)
+                await blocking(forward.attach, await self.line.checked())
                 pause = LOOK if pause <= LOOK else SHORTEST
             except BackendError as error:
                 log.debug("the way back from %s: %s", self.name, error)
                 pause = min(2 * pause, LONGEST)
+        del self._forwards[listener]
         forward.close()
-        self._forward = None
 
     # -- parts
 
