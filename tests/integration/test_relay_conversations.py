@@ -25,6 +25,8 @@ from support.installation import Installation, wait_until
 
 from gp_launchers.streams import BASE, CHUNK, WINDOW
 
+pytestmark = pytest.mark.relay
+
 SUPPORT = Path(__file__).parent / "support"
 PAUSE = float(os.environ.get("GP_TEST_PAUSE", "15"))
 STOPPED = 20.0

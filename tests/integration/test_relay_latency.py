@@ -19,6 +19,8 @@ from jupyter_client.manager import KernelManager
 from support.driven import Driven, driven
 from support.installation import Installation
 
+pytestmark = pytest.mark.relay
+
 SPEC = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}
 OUTPUT = 500
 """Messages of a megabyte."""

@@ -22,6 +22,8 @@ from support.installation import Installation, wait_until
 from gp_core import kernel as kernel_module
 from gp_core.relay import Relay
 
+pytestmark = pytest.mark.relay
+
 MESSAGES = 10_000
 LAST_TENTH = MESSAGES // 10 * 9
 SPEC = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]}

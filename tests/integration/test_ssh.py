@@ -21,7 +21,7 @@ from gp_core.errors import LaunchFailed
 from gp_core.testing import BackendContract
 from gp_ssh.backend import SshBackend
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.relay]
 
 
 @pytest.fixture(scope="module")
