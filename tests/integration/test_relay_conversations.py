@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,13 +20,13 @@ import psutil
 import pytest
 import zmq
 from jupyter_client.blocking import BlockingKernelClient
+from support.answering import SUPPORT, HostApplication
 from support.installation import Installation, wait_until
 
 from gp_launchers.streams import BASE, CHUNK, WINDOW
 
 pytestmark = pytest.mark.relay
 
-SUPPORT = Path(__file__).parent / "support"
 PAUSE = float(os.environ.get("GP_TEST_PAUSE", "15"))
 STOPPED = 20.0
 """Seconds: longer than a launcher believes in a server that says nothing."""
@@ -39,7 +38,7 @@ OWN = 2
 """Streams that the manager may have itself."""
 
 
-class Host:
+class Host(HostApplication):
     """A host application in a process of its own, and one kernel of it.
 
     Args:
@@ -48,33 +47,15 @@ class Host:
     """
 
     def __init__(self, installation: Installation, kernelspec: str) -> None:
-        pipe = subprocess.PIPE
         # not a server's, which subscribes to iopub itself, and then holds what it has not looked at
-        argv = [sys.executable, str(SUPPORT / "host.py"), "AsyncMultiKernelManager"]
-        env = {**os.environ, "GP_CHANNELS": "relay"}
-        self.process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env=env)
-        installation.own.add(self.process.pid)
+        super().__init__(installation, "AsyncMultiKernelManager", GP_CHANNELS="relay")
         self.kernel_id = str(uuid.uuid4())
         try:
-            assert self.hear() == {"pid": self.process.pid}
             self.connection: dict[str, Any] = self.ask(f"start {self.kernel_id} {kernelspec}")["connection"]
             self.launcher: int = self.relay["launcher"]
         except BaseException:
             self.end()
             raise
-
-    def hear(self) -> dict[str, Any]:
-        """Return the next thing it says."""
-        assert self.process.stdout is not None
-        heard: dict[str, Any] = json.loads(self.process.stdout.readline())
-        return heard
-
-    def ask(self, what: str) -> dict[str, Any]:
-        """Tell it to do something and return its answer."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return self.hear()
 
     @property
     def relay(self) -> dict[str, Any]:
@@ -86,11 +67,7 @@ class Host:
         self.process.send_signal(signal.SIGCONT)
         with contextlib.suppress(Exception):
             assert self.ask(f"shutdown {self.kernel_id}") == {"done": True}
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            assert pipe is not None
-            pipe.close()
+        super().end()
 
     # -- clients
 

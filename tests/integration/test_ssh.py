@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from clusters.availability import offer
 from clusters.sshd import Sshd
+from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
+from support.answering import HostApplication
 from support.driven import Driven, driven
 from support.installation import Installation, wait_until
 
@@ -98,6 +100,27 @@ def test_a_life_through_ssh_alone(kernel: Callable[..., Any]) -> None:
         assert "NameError" in used.run("x")
 
 
+def test_a_host_behind_another_one(kernel: Callable[..., Any]) -> None:
+    with kernel("h2") as used:
+        assert "42" in used.run("6 * 7")
+
+
+def test_a_killed_servers_kernel_is_taken_over(kernel: Callable[..., Any], installation: Installation) -> None:
+    kernel_id = "5f1c9a52-0000-4000-8000-000000000005"
+    with kernel(start=False) as used:  # makes the kernelspec
+        one = HostApplication(installation, "MappingKernelManager")
+        endpoints = one.ask(f"start {kernel_id} far")["connection"]
+        client = BlockingKernelClient()
+        client.load_connection_info({**endpoints, "key": endpoints["key"].encode()})
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        client.execute("x = 41", reply=True, timeout=30)
+        one.end()
+        used.start(kernel_id=kernel_id)
+        assert "42" in used.run("x + 1")
+        client.stop_channels()
+
+
 def test_no_line_is_lost_when_sessions_of_the_sshd_are_killed(kernel: Callable[..., Any], sshd: Sshd) -> None:
     with kernel() as used:
         code = "import time\nfor n in range(60):\n    print(n, flush=True)\n    time.sleep(0.1)"
@@ -109,7 +132,7 @@ def test_no_line_is_lost_when_sessions_of_the_sshd_are_killed(kernel: Callable[.
         assert used.output(cell).split() == [str(n) for n in range(1, 60)]
 
 
-def test_a_host_that_cannot_be_reached_is_left_out(kernel: Callable[..., Any]) -> None:
+def test_a_host_that_cannot_be_reached_is_passed_over(kernel: Callable[..., Any]) -> None:
     for _ in range(2):
         with kernel("127.0.0.1:1", "h1") as used:
             assert "42" in used.run("6 * 7")

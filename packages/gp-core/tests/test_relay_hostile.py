@@ -77,11 +77,21 @@ async def victim(neighbour: AsyncKernelManager) -> AsyncIterator[RemoteKernel]:
     await runtime().call(kernel.remove(force=True))
 
 
+class Liar(FakeLauncher):
+    """Says of the channels what the test wants it to say, and nothing by itself."""
+
+    def agreed(self, relay: Message) -> None:
+        pass
+
+    def relayed(self, kind: int, stream: int, payload: bytes) -> None:
+        pass
+
+
 def launcher(kernel: RemoteKernel) -> FakeLauncher:
     """One that knows the token."""
     server = kernel.server
     assert server.identity is not None
-    return FakeLauncher(kernel_id="bad", address=("127.0.0.1", server.port), pins=server.identity.pins, token="token")
+    return Liar(kernel_id="bad", address=("127.0.0.1", server.port), pins=server.identity.pins, token="token")
 
 
 async def accepted(dialing: FakeLauncher, relay: Mapping[str, Any] | None = None) -> Message:

@@ -30,6 +30,7 @@ from gp_core.errors import (
     LAUNCHER_NOT_BACK,
     OWNED,
     SERVER_KEY_CHANGED,
+    BackendError,
     ConfigError,
     LaunchDenied,
     LaunchFailed,
@@ -259,6 +260,26 @@ async def test_a_kernel_that_only_its_launcher_confirms(own: Own, manager: Make)
     km = manager(*argv, config=config)
     await km.start_kernel(kernel_id=ID)
     assert await km.is_alive()
+    await km.shutdown_kernel(now=True)
+
+
+@pytest.mark.parametrize("works", [True, False])
+async def test_the_backend_may_bring_the_launchers_call_here(
+    own: Own, manager: Make, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    told: list[Any] = []
+
+    async def adopt(self: LocalBackend, handle: Any, listener: tuple[str, int]) -> None:
+        told.append((handle["kernel_id"], listener))
+        if not works:
+            raise BackendError("the way is blocked")
+
+    orphan(own)
+    monkeypatch.setattr(LocalBackend, "adopt", adopt)
+    km = manager()
+    await km.start_kernel(kernel_id=ID)
+    assert told == [(ID, ("127.0.0.1", kernel_server().port))]
+    assert await km.is_alive(), "it comes by another way all the same"
     await km.shutdown_kernel(now=True)
 
 

@@ -58,6 +58,9 @@ class Status:
     detail: str = ""
 
 
+TOLD = "--response-address="  # the launcher's option
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One result of a check for ``jupyter gp doctor``.
@@ -143,16 +146,20 @@ class LaunchRequest(KernelInfo):
         start = [python, "-I", "-S", str(launcher or self.launcher_file)]
         return [*start, *self.launcher_arguments(), "--", *self.argv]
 
+    @property
+    def response_address(self) -> str:
+        """Where the launcher dials: ``host:port``, several separated by commas."""
+        return next((word[len(TOLD) :] for word in self.launcher_options if word.startswith(TOLD)), "")
+
     def launcher_arguments(self, *, dial_first: str = "") -> list[str]:
         """Return the launcher's options, for a backend that starts it in a way of its own.
 
         Args:
             dial_first: ``host:port`` that the launcher tries before the server's own addresses.
         """
-        options = list(self.launcher_options)
+        options = [word for word in self.launcher_options if not (dial_first and word.startswith(TOLD))]
         if dial_first:
-            told = "--response-address="
-            options = [f"{told}{dial_first},{word[len(told) :]}" if word.startswith(told) else word for word in options]
+            options.append(f"{TOLD}{dial_first},{self.response_address}")
         return [*options, *([f"--cwd={self.cwd}"] if self.cwd else [])]
 
     def script_environment(self) -> dict[str, str]:
@@ -204,6 +211,19 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
         for handle in await self.discover(request.kernel_id):
             return handle
         return {"kernel_id": request.kernel_id}
+
+    async def adopt(self, handle: Handle, listener: tuple[str, int]) -> None:
+        """Prepare for the launcher of a kernel that this process has taken over from another one.
+
+        For a backend that brings the launchers' calls here itself; the default does nothing.
+
+        Args:
+            handle: Of the job.
+            listener: Where this process listens for launchers.
+
+        Raises:
+            BackendError: The calls cannot be brought here; the launcher may still come by another way.
+        """
 
     @abstractmethod
     async def status(self, handle: Handle) -> Status:

@@ -204,9 +204,13 @@ class RemoteKernel:
         return self.relay.endpoint
 
     async def statuses(self, handle: Handle) -> AsyncIterator[Status]:
-        """Follow the kernel's job, and keep in mind where it runs."""
+        """Follow the kernel's job: tell what is new of it, and keep in mind where it runs."""
+        last = None
         async for status in self.backend.watch(handle):
             self.record.host = status.host or self.record.host
+            if status != last:
+                self.tell(Event.PROGRESS, f"{status.state.value} {status.detail}".strip())
+            last = status
             yield status
 
     # -- what the launcher says (called by the rendezvous)
@@ -313,6 +317,7 @@ class RemoteKernel:
             )
 
     def look(self) -> None:
+        """Ask the platform from now on, until the launcher is back."""
         if self._looking is None:
             self._looking = runtime().spawn(self._look_after(), name=f"watch of kernel {self.info.kernel_id}")
 
@@ -446,6 +451,7 @@ class RemoteKernel:
     # -- small parts
 
     def send(self, message: Message) -> None:
+        """Tell the launcher something; without effect while it is not connected."""
         if self.session is not None:
             self.session.send(message)
 
@@ -473,11 +479,18 @@ class RemoteKernel:
         return {} if self.relay is None else {"traffic": self.relay.traffic}
 
     async def save(self) -> None:
+        """Write the record.
+
+        Raises:
+            StoreError: It cannot be written.
+        """
         self.record.traffic = None if self.relay is None else self.relay.traffic
         await self._records.put(replace(self.record))
 
     def save_soon(self) -> None:
+        """Write the record, and wait for nothing."""
         runtime().spawn(self.save(), name=f"record of kernel {self.info.kernel_id}")
 
     def tell(self, event: Event, detail: str = "", data: Mapping[str, Any] | None = None) -> None:
+        """Announce an event of this kernel."""
         self._announcer.tell(KernelEvent(event=event, detail=detail, data=data or {}))

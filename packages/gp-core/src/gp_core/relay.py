@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from gp_launchers.ports import PATH_MAX
 from gp_launchers.streams import CHANNELS, IDLE, UNSENT, Stream, Streams
 from gp_launchers.wire import WireError
 
@@ -29,7 +30,6 @@ from .store import private_folder
 
 log = logging.getLogger(__name__)
 
-PATH_MAX = 107 if sys.platform == "linux" else 103  # bytes of a socket's path
 SUFFIX = len("-65535")  # of a channel's path at most
 ENOUGH = 128 * 1024  # bytes of one client that wait for the session, until no more are read
 NEWS = 30.0  # seconds between two times that `Relay` tells of its traffic while there is some
@@ -242,9 +242,10 @@ class Relay:
 
     def _settle(self) -> None:
         again = self.streams.settle()
-        if _differ(self.traffic, self._told_traffic):
-            if self.traffic["at"] - self._told_traffic["at"] >= NEWS:
-                self._told_traffic = self.traffic
+        now = self.traffic
+        if _differ(now, self._told_traffic):
+            if now["at"] - self._told_traffic["at"] >= NEWS:
+                self._told_traffic = now
                 self._on_traffic()
             else:
                 again = True

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import protocol, protocol1, startup
-from .backend import Handle, LaunchRequest, Status
+from .backend import Handle, LaunchRequest
 from .command import launch_environment
 from .errors import CANCELLED, LAUNCH_TIMEOUT, LAUNCHER_NOT_BACK, ConfigError, LaunchTimeout
 from .events import Event
@@ -245,7 +245,7 @@ class Start:
         await startup.confirmed(
             kernel.info,
             reports=_drain(self._reports),
-            statuses=self._statuses(record.handle) if watch else None,
+            statuses=kernel.statuses(record.handle) if watch else None,
             judge=lambda status, elapsed: plugins().confirm_startup(kernel.info, status, elapsed),
             timeout=self._timeout,
             since=since,
@@ -259,14 +259,6 @@ class Start:
         if protocol1.MUTE in kernel.capabilities:
             kernel.look()
         kernel.tell(Event.LISTENING, data={"host": record.host, "run": record.run})
-
-    async def _statuses(self, handle: Handle) -> AsyncIterator[Status]:
-        last = None
-        async for status in self._kernel.statuses(handle):
-            if status != last:
-                self._kernel.tell(Event.PROGRESS, f"{status.state.value} {status.detail}".strip())
-            last = status
-            yield status
 
     async def _log_tail(self) -> str:
         handle = self._kernel.record.handle

@@ -170,6 +170,17 @@ class Store(Protocol):
         """
 
 
+def file_name(kernel_id: str) -> str:
+    """Return a kernel's id if it may be part of a path.
+
+    Raises:
+        StoreError: Not with these characters.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", kernel_id):
+        raise StoreError(f"kernel id {kernel_id[:40]!r} cannot be a file name: use letters, digits, - and _")
+    return kernel_id
+
+
 class FileStore:
     """One JSON file per kernel.
 
@@ -181,9 +192,7 @@ class FileStore:
         self.folder = folder
 
     def _path(self, kernel_id: str) -> Path:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", kernel_id):
-            raise StoreError(f"kernel id {kernel_id[:40]!r} cannot be a file name: use letters, digits, - and _")
-        return self.folder / f"{kernel_id}.json"
+        return self.folder / f"{file_name(kernel_id)}.json"
 
     def put(self, record: Record) -> None:
         """Write a record so that a crash leaves the old or the new one.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import re
+import functools
+import os
 import signal as signals
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ from gp_core import (
 )
 from gp_core.balancing import Ledger, select
 from gp_core.plugins import plugins
-from gp_core.server import kernel_server
+from gp_core.store import file_name
 from gp_launchers.options import addresses
 
 from .connection import ConnectionFailed, Pool
@@ -40,7 +40,6 @@ from .hosts import Entry, entries
 
 ENDED = Reason("LauncherEnded", "Read the kernel's log (jupyter gp logs); a host that was rebooted loses its kernels.")
 NO_HOST = Reason("NoHost", "Every host of this kernelspec failed; what each of them said is above.")
-KERNEL_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
 
 class SshProvisioner(RemoteProvisioner):
@@ -50,7 +49,7 @@ class SshProvisioner(RemoteProvisioner):
 
 
 @dataclass
-class _Shared:
+class Known:
     """What all objects of the backend in one process share: connections, and what is known of hosts."""
 
     pool: Pool = field(default_factory=Pool)
@@ -58,7 +57,14 @@ class _Shared:
     hosts: dict[tuple[Entry, str, str], RemoteHost] = field(default_factory=dict)
 
 
-_shared = _Shared()
+@functools.lru_cache(maxsize=1)
+def _known(pid: int) -> Known:
+    return Known()
+
+
+def known() -> Known:
+    """Return what this process knows; a forked child begins anew, for it has none of the threads."""
+    return _known(os.getpid())
 
 
 class SshBackend(Backend):
@@ -99,7 +105,7 @@ class SshBackend(Backend):
                 f"kernel {request.kernel_id}: its kernelspec starts a launcher of its own, which knows nothing of ssh "
                 "connections: bring it along by jupyter gp install --from"
             )
-        _checked(request.kernel_id)
+        file_name(request.kernel_id)  # over there, too
         failures: list[str] = []
         able = entries(self.remote_hosts, self.host_selector)
         while able:
@@ -107,15 +113,15 @@ class SshBackend(Backend):
             try:
                 handle = await self._start(entry, request)
             except BackendError as error:
-                _shared.ledger.ended(request.kernel_id)
-                _shared.ledger.failed(entry.text, time.monotonic())
+                known().ledger.ended(request.kernel_id)
+                known().ledger.failed(entry.text, time.monotonic())
                 failures.append(str(error))
                 if len(self.remote_hosts) == 1 and isinstance(error, ConnectionFailed):
                     raise error.as_failure(request.kernel_id) from None
                 self.log.warning("kernel %s: %s", request.kernel_id, str(error).splitlines()[0])
                 del able[entry.text]
             else:
-                _shared.ledger.ok(entry.text)
+                known().ledger.ok(entry.text)
                 return handle
         text = f"kernel {request.kernel_id} found no host to run on"
         raise LaunchFailed(text, reason=NO_HOST, log="\n".join(failures))
@@ -123,37 +129,41 @@ class SshBackend(Backend):
     def _chosen(self, able: Mapping[str, Entry], request: LaunchRequest) -> Entry:
         hosts = [Host(entry.text, entry.weight) for entry in able.values()]
         now, ask = time.monotonic(), plugins().select_host
-        return able[select(self.load_balancing_algorithm, hosts, request, _shared.ledger, now=now, ask=ask)]
+        return able[select(self.load_balancing_algorithm, hosts, request, known().ledger, now=now, ask=ask)]
 
     async def _start(self, entry: Entry, request: LaunchRequest) -> Handle:
         host, launcher = await self._host(entry), await Launcher.read(request.launcher_file)
-        facts = await host.visit(launcher.name, _dialled(request))
         handle: Handle = {"kernel_id": request.kernel_id, "host": entry.text}
         first = ""
-        if self.callback == "ssh" or (self.callback == "auto" and not facts.reached):
-            handle["forward"] = await host.forward(request.listener, request.kernel_id)
-            first = f"127.0.0.1:{handle['forward']}"
-        asked = {
-            "installation": self.installation,
-            "kernel_id": request.kernel_id,
-            "arguments": [*request.launcher_arguments(dial_first=first), "--", *request.argv],
-            "secrets": request.secrets["GP_LAUNCH_SECRETS"],
-        }
         try:
+            if await self._calls_through_ssh(host, request):
+                handle["forward"] = await host.forward(request.listener, request.kernel_id)
+                first = f"127.0.0.1:{handle['forward']}"
+            asked = {
+                "installation": self.installation,
+                "kernel_id": request.kernel_id,
+                "arguments": [*request.launcher_arguments(dial_first=first), "--", *request.argv],
+                "secrets": request.secrets["GP_LAUNCH_SECRETS"],
+            }
             return {**handle, "note": await host.start(launcher, asked)}
         except BaseException:
             host.release(request.kernel_id)
             raise
 
+    async def _calls_through_ssh(self, host: RemoteHost, request: LaunchRequest) -> bool:
+        if self.callback != "auto":
+            return bool(self.callback == "ssh")
+        return not await host.reaches(addresses(request.response_address))
+
+    async def adopt(self, handle: Handle, listener: tuple[str, int]) -> None:
+        if "forward" in handle:  # the port that its launcher knows
+            await (await self._host_of(handle)).forward(listener, handle["kernel_id"], handle["forward"])
+
     async def status(self, handle: Handle) -> Status:
         host = await self._host_of(handle)
-        if "forward" in handle:  # a server that has taken it over opens the way that its launcher knows
-            with contextlib.suppress(BackendError):
-                await host.forward(kernel_server(self.config).listener, handle["kernel_id"], handle["forward"])
         if await host.runs(handle["note"]):
             return Status(state=State.RUNNING, host=host.line.target.hostname)
-        _shared.ledger.ended(handle["kernel_id"])
-        host.release(handle["kernel_id"])
+        self._forget(host, handle)
         return Status(state=State.GONE, reason=ENDED, detail=f"its launcher does not run on {handle['host']} any more")
 
     async def signal(self, handle: Handle, signum: int) -> bool:
@@ -163,13 +173,19 @@ class SshBackend(Backend):
         return True
 
     async def terminate(self, handle: Handle, *, force: bool) -> None:
+        self._forget(await self._host_of(handle), handle)  # first: the host may not answer any more
         await self._kill(handle, signals.SIGKILL if force else signals.SIGTERM)
+
+    @staticmethod
+    def _forget(host: RemoteHost, handle: Handle) -> None:
+        known().ledger.ended(handle["kernel_id"])
+        host.release(handle["kernel_id"])
 
     async def _kill(self, handle: Handle, signum: int) -> None:
         await (await self._host_of(handle)).ask("kill", {"note": handle["note"], "signal": int(signum)})
 
     async def logs(self, handle: Handle, *, tail: int = 50) -> str:
-        asked = {"installation": self.installation, "kernel_id": _checked(handle["kernel_id"]), "tail": tail}
+        asked = {"installation": self.installation, "kernel_id": file_name(handle["kernel_id"]), "tail": tail}
         if "host" in handle:
             return str((await (await self._host_of(handle)).ask("logs", asked))["text"])
         said = await self._ask_all("logs", asked)
@@ -186,15 +202,15 @@ class SshBackend(Backend):
 
     async def check(self) -> list[Finding]:
         try:
-            known = entries(self.remote_hosts, {})
+            every = entries(self.remote_hosts, {})
         except ConfigError as error:
             return [Finding(ok=False, subject="ssh", text=str(error), advice="set GP_REMOTE_HOSTS")]
-        return list(await asyncio.gather(*(self._checked_host(entry) for entry in known.values())))
+        return list(await asyncio.gather(*(self._checked_host(entry) for entry in every.values())))
 
     async def _checked_host(self, entry: Entry) -> Finding:
         begun, subject = time.monotonic(), f"ssh host {entry.text}"
         try:
-            facts = await (await self._host(entry)).visit(again=True)
+            facts = await (await self._host(entry)).look()
         except ConnectionFailed as error:
             return Finding(ok=False, subject=subject, text=error.text, advice=error.reason.advice)
         except (BackendError, ConfigError) as error:
@@ -208,10 +224,10 @@ class SshBackend(Backend):
 
     async def _host(self, entry: Entry) -> RemoteHost:
         key = (entry, self.ssh_config, self.remote_python)
-        if key not in _shared.hosts:
-            line = await _shared.pool.line(entry, self.ssh_config)
-            _shared.hosts.setdefault(key, RemoteHost(line, self.remote_python))
-        return _shared.hosts[key]
+        if key not in known().hosts:
+            line = await known().pool.line(entry, self.ssh_config)
+            known().hosts.setdefault(key, RemoteHost(line, self.remote_python))
+        return known().hosts[key]
 
     async def _host_of(self, handle: Handle) -> RemoteHost:
         named = {one.text: one for one in map(Entry.read, self.remote_hosts)}
@@ -219,34 +235,19 @@ class SshBackend(Backend):
 
     async def _ask_all(self, question: str, asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Ask every host; those that do not answer are left out, but if none does that is an error."""
-        known = list({one.text: one for one in map(Entry.read, self.remote_hosts)}.values())
+        every = list({one.text: one for one in map(Entry.read, self.remote_hosts)}.values())
 
         async def of(entry: Entry) -> dict[str, Any]:
             return await (await self._host(entry)).ask(question, asked)
 
-        said: Sequence[Any] = await asyncio.gather(*map(of, known), return_exceptions=True)
-        good = {one.text: answer for one, answer in zip(known, said, strict=True) if isinstance(answer, dict)}
-        if known and not good:
+        said: Sequence[Any] = await asyncio.gather(*map(of, every), return_exceptions=True)
+        good = {one.text: answer for one, answer in zip(every, said, strict=True) if isinstance(answer, dict)}
+        if every and not good:
             raise BackendError("; ".join(str(answer).splitlines()[0] for answer in said))
         return good
-
-
-def _checked(kernel_id: str) -> str:
-    if not KERNEL_ID.fullmatch(kernel_id):
-        raise ConfigError(f"kernel id {kernel_id[:40]!r} cannot be a file name: use letters, digits, - and _")
-    return kernel_id
-
-
-def _dialled(request: LaunchRequest) -> list[tuple[str, int]]:
-    """Where the launcher of a request would call."""
-    told = next(word.partition("=")[2] for word in request.launcher_options if word.startswith("--response-address="))
-    return addresses(told)
 
 
 @hookimpl
 def gp_backends() -> Iterable[type[Backend]]:
     """Offer kernels over ssh."""
     return [SshBackend]
-
-
-__all__ = ["SshBackend", "SshProvisioner", "gp_backends"]

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import paramiko
 
@@ -20,7 +20,7 @@ from gp_core import BackendError, LaunchFailed, Reason, blocking
 
 from .hosts import Entry, Target, resolve
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CHANNELS = 8  # at a time; sshd allows ten of one connection (MaxSessions)
 UNANSWERED = 15.0  # seconds until data that nobody acknowledges, or a silent host, breaks a connection
@@ -75,7 +75,6 @@ class Connection:
     def __init__(self, target: Target, through: Connection | None = None) -> None:
         self.target = target
         self.through = through
-        self.used = time.monotonic()
         self._global = threading.Lock()  # paramiko mixes up the answers to global requests of several threads
         self._arrivals: dict[int, Callable[[paramiko.Channel], object]] = {}
         self._client = client = paramiko.SSHClient()
@@ -93,7 +92,7 @@ class Connection:
     def transport(self) -> paramiko.Transport:
         """Paramiko's object."""
         transport = self._client.get_transport()
-        if transport is None or not transport.is_active():
+        if transport is None or not self.is_open:
             raise ConnectionFailed(f"the connection to {self.target.name} is lost", UNREACHABLE)
         return transport
 
@@ -133,8 +132,7 @@ class Connection:
         except (OSError, EOFError) as error:
             text = f"{target.name} ({target.hostname} port {target.port}): {getattr(error, 'strerror', None) or error}"
             raise ConnectionFailed(text, UNREACHABLE) from None
-        transport = self.transport
-        transport.set_keepalive(int(UNANSWERED / 3))
+        self.transport.set_keepalive(int(UNANSWERED / 3))
 
     def _socket(self) -> paramiko.Channel | paramiko.ProxyCommand | socket.socket:
         target = self.target
@@ -170,12 +168,12 @@ class Connection:
                 channel.shutdown_write()
                 output = self._read(channel, deadline)
                 errors = channel.makefile_stderr().read()
+                if not channel.status_event.wait(max(0.01, deadline - time.monotonic())):
+                    raise TimeoutError
                 return Answer(channel.recv_exit_status(), output, errors)
         except (paramiko.SSHException, OSError, EOFError) as error:
             text = f"{self.target.name} did not answer within {timeout:g} s" if isinstance(error, TimeoutError) else ""
             raise ConnectionFailed(text or f"{self.target.name}: {error}", UNREACHABLE) from None
-        finally:
-            self.used = time.monotonic()
 
     def check(self) -> None:
         """Wait for an answer of the host's sshd, whatever it is; a host that hangs gives none, and this does not end.
@@ -234,23 +232,42 @@ class Connection:
         self._client.close()
 
 
+class Shared(Generic[T]):
+    """Something that takes time, and that all who want it meanwhile do once: a hundred starts on a host that is dark.
+
+    Args:
+        make: Does it.
+    """
+
+    def __init__(self, make: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._make = make
+        self._task: asyncio.Task[T] | None = None
+
+    async def __call__(self) -> T:
+        """Return what it comes to; a caller that is cancelled disturbs no other."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.ensure_future(self._make())
+            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved
+        return await asyncio.shield(self._task)
+
+
 class Pool:
     """The connections of this process, made when they are needed; for the runtime's loop."""
 
     def __init__(self) -> None:
         self._lines: dict[Target, Line] = {}
-        self._targets: dict[tuple[Entry, str, str | None], Target] = {}
+        self._targets: dict[tuple[Entry, str], Target] = {}
 
-    async def line(self, entry: Entry, ssh_config: str = "", user: str | None = None) -> Line:
+    async def line(self, entry: Entry, ssh_config: str = "") -> Line:
         """Return the line to a host; it may have no connection yet.
 
         Raises:
             ConfigError: The ssh configuration is wrong.
         """
-        key = (entry, ssh_config, user)
+        key = (entry, ssh_config)
         target = self._targets.get(key)
         if target is None:
-            target = self._targets[key] = await resolve(entry, ssh_config, user)
+            target = self._targets[key] = await resolve(entry, ssh_config)
         if target not in self._lines:
             through = None
             if target.proxy_jump:
@@ -260,12 +277,6 @@ class Pool:
                     raise ConnectionFailed(f"{entry.text}: more than one ProxyJump; name one host", UNREACHABLE)
             self._lines[target] = Line(target, through)
         return self._lines[target]
-
-    def close(self) -> None:
-        """Close all connections."""
-        for line in self._lines.values():
-            line.close()
-        self._lines.clear()
 
 
 class Line:
@@ -280,7 +291,7 @@ class Line:
         self.target = target
         self._through = through
         self._connection: Connection | None = None
-        self._connecting = asyncio.Lock()
+        self._connecting = Shared(self._connect)
         self._channels = asyncio.Semaphore(CHANNELS)
 
     async def connection(self) -> Connection:
@@ -289,12 +300,15 @@ class Line:
         Raises:
             ConnectionFailed: There is none to be had.
         """
-        async with self._connecting:
-            if self._connection is None or not self._connection.is_open:
-                self.close()
-                through = await self._through.connection() if self._through is not None else None
-                self._connection = await blocking(Connection, self.target, through)
+        if self._connection is not None and self._connection.is_open:
             return self._connection
+        return await self._connecting()
+
+    async def _connect(self) -> Connection:
+        self.close()
+        through = await self._through.connection() if self._through is not None else None
+        self._connection = connection = await blocking(Connection, self.target, through)
+        return connection
 
     async def checked(self) -> Connection:
         """Return a connection that has answered just now.

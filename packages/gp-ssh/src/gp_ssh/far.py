@@ -14,10 +14,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
 
-Request = dict[str, Any]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict
+
+    Request = Dict[str, Any]
+
 KEPT_LOGS = 100
 
 
@@ -60,27 +63,26 @@ def log_path(installation: str, kernel_id: str) -> str:
 
 def look(request: Request, more: bytes) -> Request:
     """What a first visit wants to know."""
+    folder()  # an error now, if there can be none
     stat = os.statvfs(os.path.expanduser("~"))
     return {
         "python": sys.executable,
         "version": list(sys.version_info[:3]),
         "home": os.path.expanduser("~"),
-        "uid": os.getuid(),
-        "boot": boot_id(),
         "clock": time.time(),
         "free": stat.f_bavail * stat.f_frsize,
-        "reached": [address for address in request["dial"] if reaches(*address)],
-        "launcher": os.path.exists(os.path.join(folder("launchers"), request["launcher"])),
     }
 
 
-def reaches(host: str, port: int) -> bool:
-    """Whether a launcher here could dial a server there."""
-    try:
-        socket.create_connection((host, port), 1.0).close()
-        return True
-    except OSError:
-        return False
+def reach(request: Request, more: bytes) -> Request:
+    """Say whether a launcher here could dial one of the server's addresses."""
+    for host, port in request["addresses"]:
+        try:
+            socket.create_connection((host, port), 1.0).close()
+            return {"reached": True}
+        except OSError:
+            pass
+    return {"reached": False}
 
 
 def start(request: Request, more: bytes) -> Request:
@@ -113,7 +115,7 @@ def start(request: Request, more: bytes) -> Request:
 def put(path: str, data: bytes, sha256: str = "") -> None:
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError("the launcher arrived damaged")
-    new = f"{path}.{os.getpid()}"
+    new = f"{path}.{os.urandom(4).hex()}"  # hosts may share the home, and have equal process numbers
     with open(new, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(data)
     os.replace(new, path)
@@ -123,9 +125,23 @@ def sweep(logs: str) -> None:
     """Keep the newest logs, to be read after a failure."""
     names = os.listdir(logs)
     if len(names) > 2 * KEPT_LOGS:
-        paths = sorted((os.path.join(logs, name) for name in names), key=os.path.getmtime)
+        paths = sorted((os.path.join(logs, name) for name in names), key=changed)
         for path in paths[:-KEPT_LOGS]:
-            os.unlink(path)
+            remove(path)
+
+
+def changed(path: str) -> float:
+    try:
+        return os.path.getmtime(path)
+    except OSError:
+        return 0.0  # removed meanwhile by another start
+
+
+def remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
 
 
 def status(request: Request, more: bytes) -> Request:
@@ -164,12 +180,13 @@ def discover(request: Request, more: bytes) -> Request:
         if is_there(note):
             found.append(note)
         elif note["boot"] == boot_id():  # else it may be another host's that has the same home
-            os.unlink(path)
+            remove(path)
     return {"notes": found}
 
 
 QUESTIONS: dict[str, Callable[[Request, bytes], Request]] = {
     "look": look,
+    "reach": reach,
     "start": start,
     "status": status,
     "kill": kill,

@@ -116,6 +116,8 @@ class Carrier:
             self._turn()
         for pair in list(self._pairs):
             self._end(pair)
+        for channel in self._new:
+            channel.close()
         self._selector.close()
         self._woken.close()
         self._wake.close()

@@ -18,7 +18,7 @@ from gp_core import BackendError, Reason, blocking
 from gp_core.runtime import runtime
 
 from . import far
-from .connection import ConnectionFailed, Line
+from .connection import ConnectionFailed, Line, Shared
 from .forward import Forward
 
 log = logging.getLogger(__name__)
@@ -47,19 +47,15 @@ class Facts:
         python: Path of the interpreter that runs launchers.
         version: Its version.
         home: The user's.
-        boot: Changes with each boot.
         clock: Seconds since the epoch over there.
         free: Bytes free in the home.
-        reached: Those addresses of the server that can be dialled from there.
     """
 
     python: str
     version: tuple[int, ...]
     home: str
-    boot: str
     clock: float
     free: int
-    reached: list[list[Any]]
 
 
 @dataclass(frozen=True)
@@ -90,10 +86,11 @@ class RemoteHost:
         self.line = line
         self.facts: Facts | None = None
         self._python = python
-        self._launchers: set[str] = set()  # that are there
-        self._visiting = asyncio.Lock()
+        self._reached: dict[tuple[tuple[str, int], ...], bool] = {}
+        self.look = Shared(self._look)  #: goes there in any case
         self._gathered: list[tuple[Mapping[str, Any], asyncio.Future[bool]]] = []
-        self._forwards: dict[tuple[str, int], Forward] = {}  # by listener: there is one in a process, but in tests
+        # by listener, and the port that was asked for: a server may have taken kernels over from several others
+        self._forwards: dict[tuple[tuple[str, int], int], Forward] = {}
 
     @property
     def name(self) -> str:
@@ -101,30 +98,28 @@ class RemoteHost:
 
     # -- questions
 
-    async def visit(self, launcher: str = "-", dial: Sequence[tuple[str, int]] = (), *, again: bool = False) -> Facts:
+    async def visit(self) -> Facts:
         """Find a Python there; the first visit only, as long as it stays what it is.
-
-        Args:
-            launcher: File to look for.
-            dial: Addresses to try from there.
-            again: Go there in any case.
 
         Raises:
             ConnectionFailed: The host cannot be reached, or has no Python that can be used.
         """
-        async with self._visiting:
-            if self.facts is None or again:
-                search = _search([self._python] if self._python else CANDIDATES)
-                answer = await self._ask(search, "look", {"launcher": launcher, "dial": list(dial)})
-                if "pythons" in answer:
-                    found = answer["pythons"].strip() or "none"
-                    text = f"{self.name} has no Python that can be used; found: {found}"
-                    raise ConnectionFailed(text, NO_PYTHON)
-                if answer.pop("launcher"):
-                    self._launchers.add(launcher)
-                answer.pop("uid")
-                self.facts = Facts(**{**answer, "version": tuple(answer["version"])})
-            return self.facts
+        return self.facts or await self.look()
+
+    async def _look(self) -> Facts:
+        answer = await self._ask(_search([self._python] if self._python else CANDIDATES), "look", {})
+        if "pythons" in answer:
+            found = answer["pythons"].strip() or "none"
+            raise ConnectionFailed(f"{self.name} has no Python that can be used; found: {found}", NO_PYTHON)
+        self.facts = Facts(**{**answer, "version": tuple(answer["version"])})
+        return self.facts
+
+    async def reaches(self, addresses: Sequence[tuple[str, int]]) -> bool:
+        """Whether a launcher there could dial one of the server's addresses; asked once."""
+        key = tuple(addresses)
+        if key not in self._reached:
+            self._reached[key] = bool((await self.ask("reach", {"addresses": list(key)}))["reached"])
+        return self._reached[key]
 
     async def ask(self, question: str, request: Mapping[str, Any], more: bytes = b"") -> dict[str, Any]:
         """Ask a question of `far`.
@@ -144,16 +139,12 @@ class RemoteHost:
             launcher: What to start.
             request: For `far.start`.
         """
-        name, digest, data = launcher.name, launcher.sha256, launcher.data
-        await self.visit(name)
-        more = b"" if name in self._launchers else data
-        for _ in range(2):
-            answer = await self.ask("start", {**request, "launcher": name, "sha256": digest}, more)
+        asked = {**request, "launcher": launcher.name, "sha256": launcher.sha256}
+        for more in (b"", launcher.data):
+            answer = await self.ask("start", asked, more)
             if "note" in answer:
-                self._launchers.add(name)
                 note: dict[str, Any] = answer["note"]
                 return note
-            more = data  # somebody has tidied up over there
         raise BackendError(f"{self.name}: the launcher is not there though it was brought")
 
     async def runs(self, note: Mapping[str, Any]) -> bool:
@@ -170,6 +161,8 @@ class RemoteHost:
         said: Sequence[bool | Exception]
         try:
             said = (await self.ask("status", {"notes": [dict(note) for note, _ in gathered]}))["running"]
+            if len(said) != len(gathered):
+                raise BackendError(f"{self.name} does not answer what it is asked")
         except Exception as error:
             said = [error] * len(gathered)
         for (_, waiting), it in zip(gathered, said, strict=True):
@@ -196,10 +189,11 @@ class RemoteHost:
         Raises:
             BackendError: The host cannot be reached, or does not allow it.
         """
-        forward = self._forwards.get(listener)
+        key = (listener, port)
+        forward = self._forwards.get(key)
         if forward is None:
-            forward = self._forwards[listener] = Forward(listener, port)
-            runtime().spawn(self._hold(listener, forward), name="forward of a host")
+            forward = self._forwards[key] = Forward(listener, port)
+            runtime().spawn(self._hold(key, forward), name="forward of a host")
         forward.callers.add(kernel_id)
         await blocking(forward.attach, await self.line.connection())
         return forward.port
@@ -209,7 +203,7 @@ class RemoteHost:
         for forward in self._forwards.values():
             forward.callers.discard(kernel_id)
 
-    async def _hold(self, listener: tuple[str, int], forward: Forward) -> None:
+    async def _hold(self, key: tuple[tuple[str, int], int], forward: Forward) -> None:
         pause = SHORTEST
         while True:
             await asyncio.sleep(pause)
@@ -221,7 +215,7 @@ class RemoteHost:
             except BackendError as error:
                 log.debug("the way back from %s: %s", self.name, error)
                 pause = min(2 * pause, LONGEST)
-        del self._forwards[listener]
+        del self._forwards[key]
         forward.close()
 
     # -- parts
@@ -237,8 +231,7 @@ class RemoteHost:
                 if "error" in answer:
                     raise BackendError(f"{self.name}: {answer['error']} [{FAR_FAILED.code}]\n{FAR_FAILED.advice}")
                 return answer
-        if self.facts is not None:
-            self.facts = None  # its Python may have gone: look again
+        self.facts = None  # its Python may have gone: look again
         said = (done.errors or done.output).decode("utf-8", "replace").strip()
         raise BackendError(f"{self.name} gave no answer (exit code {done.code}): {said[-500:]}")
 

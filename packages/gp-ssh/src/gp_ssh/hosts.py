@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gp_core import ConfigError, Host, run_command
+from gp_core import ConfigError, Host, blocking, run_command
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*")  # of a host or user; never an option of ssh, never shell syntax
 ADDRESS = re.compile(
@@ -37,7 +37,7 @@ class Entry:
     host: str
     user: str | None = None
     port: int | None = None
-    weight: float = 1.0
+    weight: float = field(default=1.0, compare=False)
     labels: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -104,7 +104,7 @@ class Target:
         timeout: Seconds to connect.
     """
 
-    name: str
+    name: str = field(compare=False)
     hostname: str
     port: int
     user: str
@@ -117,26 +117,24 @@ class Target:
     timeout: float = 10.0
 
 
-async def resolve(entry: Entry, ssh_config: str, user: str | None) -> Target:
+async def resolve(entry: Entry, ssh_config: str) -> Target:
     """Let ssh itself say what its configuration makes of a host: no library follows all of it.
 
     Args:
         entry: The host.
         ssh_config: Another file than the user's own; empty: that.
-        user: To log in as, whatever the configuration says; None: as entry or configuration say.
 
     Raises:
         ConfigError: The configuration is wrong.
     """
-    wanted = user or entry.user
     if shutil.which("ssh") is None:  # no client here, so nobody has a configuration for it
-        return Target(entry.text, entry.host, entry.port or 22, wanted or getpass.getuser(), **_defaults(entry))
-    options = [*(["-F", ssh_config] if ssh_config else []), *(["-l", wanted] if wanted else [])]
+        return Target(entry.text, entry.host, entry.port or 22, entry.user or getpass.getuser(), **_defaults(entry))
+    options = [*(["-F", ssh_config] if ssh_config else []), *(["-l", entry.user] if entry.user else [])]
     options += ["-p", str(entry.port)] if entry.port else []
     done = await run_command("ssh", "-G", *options, "--", entry.host, timeout=10)
     if done.code != 0:
         raise ConfigError(f"host {entry.text}: the ssh configuration cannot be used: {done.output.strip()}")
-    return _target(entry, done.output)
+    return await blocking(_target, entry, done.output)  # it looks for keys in a home that may be far away
 
 
 def _defaults(entry: Entry) -> dict[str, Any]:

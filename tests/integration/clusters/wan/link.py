@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from clusters.availability import Unavailable
@@ -103,15 +102,6 @@ class Link:
             for pipe in (process.stdin, process.stdout):
                 assert pipe is not None
                 pipe.close()
-
-    def __enter__(self) -> Link:
-        self.up()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.down()
 
     # -- the line; may be called from any thread
 

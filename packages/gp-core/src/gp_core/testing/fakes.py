@@ -171,7 +171,7 @@ class FakeLauncher:
                 if kind == MESSAGE:
                     self._waiting.append(unpack_message(payload))
                 else:
-                    self._streams.receive(kind, stream, payload)
+                    self.relayed(kind, stream, payload)
         return self._waiting.pop(0)
 
     async def hello(self, **lies: Any) -> Message | None:
@@ -192,12 +192,8 @@ class FakeLauncher:
         }
         await self.send({**message, **lies})
         answer = await self.receive()
-        if answer and answer["type"] == "accepted" and (relay := answer["relay"]):
-            if relay["id"] == self._identity:
-                self._streams.resume(relay["received"])
-            else:
-                self._streams.reset()
-                self._identity = relay["id"]
+        if answer and answer["type"] == "accepted" and answer["relay"]:
+            self.agreed(answer["relay"])
         return answer
 
     async def listening(self, **lies: Any) -> None:
@@ -206,6 +202,18 @@ class FakeLauncher:
         await self.send({**message, **lies})
 
     # -- channels
+
+    def agreed(self, relay: Message) -> None:
+        """Go on with the streams, or begin anew, as the server says."""
+        if relay["id"] == self._identity:
+            self._streams.resume(relay["received"])
+        else:
+            self._streams.reset()
+            self._identity = relay["id"]
+
+    def relayed(self, kind: int, stream: int, payload: bytes) -> None:
+        """Take a frame of the channels."""
+        self._streams.receive(kind, stream, payload)
 
     def _opened(self, stream: Stream) -> None:
         early = bytearray()  # what comes before the kernel is connected
