@@ -40,9 +40,9 @@ def editable(*packages: str) -> list[str]:
 
     Editable, so never stale; by path and never by name, because an index may have another package of that name.
     """
-    needed = dict.fromkeys(packages)
-    for package in packages:
-        needed.update(dict.fromkeys(name for name in lower_bounds(package) if name in PROJECTS))
+    needed = list(dict.fromkeys(packages))
+    for package in needed:  # grows meanwhile: what these need, needs more
+        needed += [name for name in lower_bounds(package) if name in PROJECTS and name not in needed]
     return [argument for package in needed for argument in ("-e", f"packages/{package}")]
 
 
