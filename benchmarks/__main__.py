@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import attach
+import channels
 import crowd
 import launcher
 import report
@@ -19,7 +20,7 @@ from contestants import NAMES, Contestant, peer_python
 from harness import Row
 from rich.console import Console
 
-FIGURES = (*starts.LIFE, "own-cost", "stillborn", "crowd", "idle", "attach", "launcher")
+FIGURES = (*starts.LIFE, "own-cost", "stillborn", "crowd", "idle", "attach", "launcher", *channels.FIGURES)
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
     given = parser.parse_args()
     wanted = set(given.only or FIGURES)
     console = Console() if sys.stdout.isatty() else Console(width=170)
-    with_hosts = wanted - {"attach", "launcher"}
+    with_hosts = wanted - {"attach", "launcher", *channels.FIGURES}
     names = [name for name in NAMES if with_hosts and not (given.no_peer and name == "peer")]
     if "peer" in names:
         peer_python()  # not while anything is measured
@@ -69,6 +70,7 @@ def measure(contestants: list[Contestant], work: Path, wanted: set[str], *, quic
         ({"idle"}, lambda: crowd.idle_lag(contestants, work, 1 if quick else 5, 5 if quick else 10)),
         ({"attach"}, lambda: attach.attach(work, 2 if quick else 7, 1000, 10 if quick else 40)),
         ({"launcher"}, lambda: launcher.cost(work, 7 if quick else 25)),
+        (set(channels.FIGURES), lambda: channels.measure(work, wanted, quick=quick)),
     ]
     for names, run in groups:
         if names & wanted:

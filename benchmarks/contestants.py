@@ -64,9 +64,10 @@ class Contestant:
         self.python = peer_python() if name == "peer" else sys.executable
         for part in ("config", "run", "logs", "ipython"):
             (self.folder / part).mkdir(parents=True, mode=0o700)
-        for kernel, argv in self._kernels().items():
-            self._install(kernel, argv, STANZAS[name])
-        self._install("nothing", ["none"], {"provisioner_name": "null"})
+        self.kernels = self._kernels()
+        for kernel, argv in self.kernels.items():
+            self.install(kernel, argv, STANZAS[name])
+        self.install("nothing", ["none"], {"provisioner_name": "null"})
         self.host = self._started()
 
     def _started(self) -> Program:
@@ -128,7 +129,8 @@ class Contestant:
         shutil.copy(parts / "shared/scripts/server_listener.py", launch)
         return launch
 
-    def _install(self, kernel: str, argv: list[str], stanza: dict[str, Any]) -> None:
+    def install(self, kernel: str, argv: list[str], stanza: dict[str, Any]) -> None:
+        """Write a kernelspec."""
         folder = self.folder / "data/kernels" / kernel
         folder.mkdir(parents=True)
         metadata = {"kernel_provisioner": stanza}

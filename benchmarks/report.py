@@ -15,7 +15,7 @@ from harness import Row, Summary
 from rich.console import Console
 from rich.table import Table
 
-COLUMNS = ("ours", "local", "peer", "bare")
+COLUMNS = ("ours", "local", "peer", "direct", "ssh", "bare")
 
 
 def machine(work: Path) -> dict[str, Any]:
@@ -57,24 +57,11 @@ def _file_system(folder: Path) -> str:
 
 def show(rows: list[Row], facts: dict[str, Any], console: Console) -> None:
     """Print the table, then what must be known to read it."""
-    used = [column for column in COLUMNS if any(row.series.columns.get(column) for row in rows)]
-    table = Table(title="Medians (p10 - p90)", title_justify="left", show_lines=True)
-    table.add_column("figure", max_width=34)
-    for column in used:
-        table.add_column(column, justify="right")
-    table.add_column("compared", justify="right")
-    table.add_column("goal")
-    table.add_column("result")
-    notes = []
-    for row in rows:
-        marks = ""
-        for note in [*row.notes, *(f"{who}: {why}" for who, why in row.series.problems.items())]:
-            if note not in notes:
-                notes.append(note)
-            marks += f" [{notes.index(note) + 1}]"
-        cells = [_cell(row, column) for column in used]
-        table.add_row(f"{row.figure}{marks}".replace("[", "\\["), *cells, _compared(row), _goal(row), _result(row))
-    console.print(table)
+    notes: list[str] = []
+    for channels in (False, True):  # with other columns than the rest
+        some = [row for row in rows if bool({"direct", "ssh"} & set(row.series.columns)) == channels]
+        if some:
+            console.print(_table(some, notes))
     for number, note in enumerate(notes, 1):
         console.print(f"[{number}] {note}", markup=False, highlight=False, soft_wrap=True)
     load = ", ".join(map(str, facts["load_before"]))
@@ -87,6 +74,27 @@ def show(rows: list[Row], facts: dict[str, Any], console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _table(rows: list[Row], notes: list[str]) -> Table:
+    """Make the table of some rows; what must be known is added to the notes."""
+    used = [column for column in COLUMNS if any(row.series.columns.get(column) for row in rows)]
+    table = Table(title="Medians (p10 - p90)", title_justify="left", show_lines=True)
+    table.add_column("figure", max_width=34)
+    for column in used:
+        table.add_column(column, justify="right")
+    table.add_column("compared", justify="right")
+    table.add_column("goal")
+    table.add_column("result")
+    for row in rows:
+        marks = ""
+        for note in [*row.notes, *(f"{who}: {why}" for who, why in row.series.problems.items())]:
+            if note not in notes:
+                notes.append(note)
+            marks += f" [{notes.index(note) + 1}]"
+        cells = [_cell(row, column) for column in used]
+        table.add_row(f"{row.figure}{marks}".replace("[", "\\["), *cells, _compared(row), _goal(row), _result(row))
+    return table
 
 
 def _number(value: float, unit: str) -> str:

@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import socket
+import statistics
 import time
 from importlib.metadata import EntryPoint, distributions
 from typing import Any
@@ -36,7 +37,7 @@ async def start(kernel: str, slot: str = "") -> float:
     manager = managers[slot] = AsyncKernelManager(kernel_name=kernel)
     began = clock()
     await manager.start_kernel()
-    await (_answered(slot) if kernel == "ipykernel" else _accepts(manager))
+    await (_answered(slot) if kernel.startswith("ipykernel") else _accepts(manager))
     return clock() - began
 
 
@@ -61,6 +62,41 @@ def _connects(ip: str, port: int) -> bool:
     """Connect to this machine: that never waits, and costs the loop next to nothing."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1" if ip in ("0.0.0.0", "*", "") else ip, port)) == 0
+
+
+async def ports(slot: str = "") -> dict[str, int]:
+    """The ports that a client is told."""
+    names = ("shell", "iopub", "stdin", "control", "hb")
+    return {name: getattr(managers[slot], f"{name}_port") for name in names}
+
+
+async def execute(slot: str = "", count: int = 1) -> float:
+    """Median seconds from an `execute_request` of 1+1 until its reply and the kernel's idle state have come."""
+    client, found = clients[slot], []
+    for _ in range(count):
+        began = clock()
+        request = client.execute("1+1")
+        while (await client.get_shell_msg(timeout=PATIENCE))["parent_header"].get("msg_id") != request:
+            pass
+        while True:
+            message = await client.get_iopub_msg(timeout=PATIENCE)
+            if (
+                message["parent_header"].get("msg_id") == request
+                and message["content"].get("execution_state") == "idle"
+            ):
+                break
+        found.append(clock() - began)
+    return statistics.median(found)
+
+
+async def watch() -> None:
+    """Begin to notice how late this loop is; `noticed` ends it."""
+    tickers.append(Ticker())
+
+
+async def cpu() -> float:
+    """CPU seconds of this process so far."""
+    return time.process_time()
 
 
 async def restart(now: bool, slot: str = "") -> float:
@@ -170,7 +206,7 @@ async def nothing(count: int) -> None:
 
 
 async def noticed() -> dict[str, float]:
-    """How late the loop was since `nothing` began."""
+    """How late the loop was since `nothing` or `watch` began."""
     return tickers.pop().stop()
 
 
@@ -210,6 +246,10 @@ async def about() -> dict[str, str]:
 async def main() -> None:
     functions = (
         start,
+        ports,
+        execute,
+        watch,
+        cpu,
         restart,
         interrupt,
         death,

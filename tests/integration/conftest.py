@@ -3,9 +3,11 @@
 Environment of a test run:
 
 - `GP_TEST_REQUIRE`: names, separated by commas, whose absence is a failure and not a skip; `all` for all.
-  They are the names given to `require` and `offer`: slurm, irkernel, jjava, xeus-python, gateway-provisioners,
-  chromium.
+  They are the names given to `require` and `offer`: slurm, ssh, wan, irkernel, jjava, xeus-python,
+  gateway-provisioners, chromium.
 - `GP_TEST_SLURM_CONF`: the slurm.conf of a cluster to use instead of one of our own.
+- `GP_TEST_PAUSE`: seconds for which a client of a relayed kernel reads nothing (default: 15).
+- `GP_TEST_SEED`: when a relayed kernel's line breaks, as a failed test has printed it.
 - `GP_TEST_CACHE`: where downloads are kept (default: `gp-tests` in the XDG cache folder).
 - `GP_TEST_ARTIFACTS`: where screenshots are kept (default: `gp-tests-USER` in the folder for temporary files).
 """
@@ -25,6 +27,7 @@ from clusters import kernels
 from clusters.availability import Unavailable, offer, require
 from clusters.jupyter_env import JupyterEnv, isolated_jupyter
 from clusters.slurm import SlurmCluster
+from clusters.wan import Link
 from support.installation import Installation, installed
 
 if TYPE_CHECKING:
@@ -51,6 +54,17 @@ def slurm() -> Iterator[SlurmCluster]:
             yield cluster
     finally:
         cluster.down()
+
+
+@pytest.fixture
+def link() -> Iterator[Link]:
+    """A far network behind a line that this test may shape and break."""
+    line = Link()
+    offer("wan", line.up)
+    try:
+        yield line
+    finally:
+        line.down()
 
 
 # -- kernels
@@ -96,10 +110,30 @@ def jupyter_env() -> Iterator[JupyterEnv]:
 # -- gp
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the tester choose how clients reach kernels."""
+    choices = ["relay", "direct", "both"]
+    parser.addoption("--channels", choices=choices, default="relay", help="how clients reach kernels in the tests")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run the tests that start kernels in each of the chosen modes, but those that are about one of them."""
+    chosen = metafunc.config.getoption("channels")
+    is_of_one = metafunc.definition.get_closest_marker("relay")
+    if "channels" in metafunc.fixturenames and chosen != "relay" and not is_of_one:
+        metafunc.parametrize("channels", ["relay", "direct"] if chosen == "both" else [chosen])
+
+
 @pytest.fixture
-def installation() -> Iterator[Installation]:
+def channels() -> str:
+    """How clients reach kernels."""
+    return "relay"
+
+
+@pytest.fixture
+def installation(channels: str) -> Iterator[Installation]:
     """A gp and a Jupyter of this test's own, which must leave nothing: no process, no record, no endpoint."""
-    with installed() as made:
+    with installed(channels) as made:
         yield made
 
 

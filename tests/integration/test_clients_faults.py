@@ -20,6 +20,7 @@ import pytest
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from support.answering import Answering, HostApplication
 from support.installation import Installation, wait_until
 
 from gp_core import testing
@@ -29,40 +30,16 @@ from gp_core.local import LocalBackend
 from gp_core.server import KernelServer
 
 TINY = Path(testing.__file__).with_name("tiny_kernel.py")
-VICTIM = Path(__file__).parent / "support" / "victim.py"
 GP = str(Path(sys.executable).with_name("jupyter-gp"))
 ORPHAN = 2.0
 TINY_SPEC = {"argv": ["python3", str(TINY), "{connection_file}", "serve"]}
 
 
-class Victim:
+class Victim(Answering):
     """A server process with one kernel."""
 
-    def __init__(self, installation: Installation, script: Path = VICTIM, argument: str = "tiny", **env: str) -> None:
-        pipe = subprocess.PIPE
-        argv = [sys.executable, str(script), argument]
-        self.process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **env})
-        installation.own.add(self.process.pid)
-
-    def hear(self) -> dict[str, Any]:
-        """Return the next thing it says; {} at its end."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        heard: dict[str, Any] = json.loads(line) if line else {}
-        return heard
-
-    def ask(self, what: str) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return self.hear()
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+    def __init__(self, installation: Installation, **env: str) -> None:
+        super().__init__(installation, "victim.py", "tiny", **env)
 
 
 @pytest.fixture
@@ -176,27 +153,18 @@ def test_a_restarted_server_with_the_same_key_and_port_is_called_again(
 # A server takes the kernel of a killed one over
 
 
-HOST = Path(__file__).parent / "support" / "host.py"
 ID = "8a0e1f7c-0000-4000-8000-00000000000a"
 MANAGERS = ["MappingKernelManager", "AsyncMappingKernelManager"]
 
 
-class Host(Victim):
-    """A host application with a manager of many kernels."""
-
-    def __init__(self, installation: Installation, manager: str, **env: str) -> None:
-        super().__init__(installation, HOST, manager, **env)
-        assert self.hear() == {"pid": self.process.pid}
-
-
 @pytest.fixture
-def host(installation: Installation, ipykernel_spec: Path) -> Iterator[Callable[..., Host]]:
+def host(installation: Installation, ipykernel_spec: Path) -> Iterator[Callable[..., HostApplication]]:
     """Start a host application; its kernels are ipykernels."""
     installation.jupyter.install_spec("py", ipykernel_spec, config={"launch_timeout": 45})
-    started: list[Host] = []
+    started: list[HostApplication] = []
 
-    def start(manager: str = MANAGERS[0], **env: str) -> Host:
-        started.append(Host(installation, manager, **env))
+    def start(manager: str = MANAGERS[0], **env: str) -> HostApplication:
+        started.append(HostApplication(installation, manager, **env))
         return started[-1]
 
     yield start
@@ -225,17 +193,14 @@ def value_of(client: BlockingKernelClient, expression: str) -> str:
     return str(told["data"]["text/plain"] if told["status"] == "ok" else told["ename"])
 
 
-@pytest.mark.parametrize("channels", ["direct", "relay"])
 @pytest.mark.parametrize(("former", "heir"), [MANAGERS, MANAGERS[::-1]], ids=["to-async", "from-async"])
 def test_a_killed_servers_kernel_is_taken_over_with_its_variables(
     installation: Installation,
-    host: Callable[..., Host],
-    monkeypatch: pytest.MonkeyPatch,
+    host: Callable[..., HostApplication],
     former: str,
     heir: str,
     channels: str,
 ) -> None:
-    monkeypatch.setenv("GP_CHANNELS", channels)
     one = host(former)
     connection = one.ask(f"start {ID} py")["connection"]
     with client_of(connection) as client:  # stays open all the while: its endpoints do not change
@@ -261,7 +226,7 @@ def test_a_killed_servers_kernel_is_taken_over_with_its_variables(
 
 
 async def test_after_a_takeover_interrupt_restart_and_autorestart_work(
-    installation: Installation, host: Callable[..., Host]
+    installation: Installation, host: Callable[..., HostApplication]
 ) -> None:
     one = host()
     connection = one.ask(f"start {ID} py")["connection"]
@@ -305,7 +270,7 @@ async def test_after_a_takeover_interrupt_restart_and_autorestart_work(
 
 
 def test_the_wrong_user_and_a_recorded_port_that_is_taken_are_told(
-    installation: Installation, host: Callable[..., Host]
+    installation: Installation, host: Callable[..., HostApplication]
 ) -> None:
     env = {"GP_USER_SOURCE": "client"}
     one = host(**env)

@@ -48,8 +48,8 @@ LANGUAGES = {
     "Java": Language(
         "jjava_spec",
         "message",
-        # one snippet: an interrupt between two is lost, in a local kernel too; and so is one that comes before jjava has
-        # put the running snippet on its list, which it does after it has started it
+        # one snippet: an interrupt between two is lost, in a local kernel too; and so is one that comes before jjava
+        # has put the running snippet on its list, which it does after it has started it
         'for (int i = 0; ; i++) { if (i == 20) System.out.println("running"); Thread.sleep(10); }',
         "System.out.print(ProcessHandle.current().pid());",
         "int x = 6;",

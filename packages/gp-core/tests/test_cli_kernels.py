@@ -87,6 +87,7 @@ class TestPs:
             "detail": "",
             "owner": {"host": ALIVE.host, "pid": os.getpid(), "alive": True},
             "record": True,
+            "channels": {"mode": "direct", "traffic": None},
             "orphan_timeout": 600.0,
             "lease_left": None,
         }

@@ -26,12 +26,13 @@ pytestmark = [pytest.mark.contract, pytest.mark.timeout(600)]
 HEAD = """
 import asyncio, contextlib, json, subprocess, sys, time, uuid
 import gp_core.kernel
+import gp_core.starting
 import pytest
 from gp_core import BackendError, Finding, State, Status, run_command
 from gp_core.testing import BackendContract, FakeBackend, FakePlatform
 
 
-gp_core.kernel.STOP = 0.5  # seconds; a broken job does not end by waiting
+gp_core.kernel.STOP = gp_core.starting.PATIENCE = 0.5  # seconds; a broken job does not end by waiting
 
 
 class FakeContract(BackendContract):

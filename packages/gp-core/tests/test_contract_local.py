@@ -17,3 +17,7 @@ class TestLocal(BackendContract):
     end_timeout = 15.0
     settle = 0.3
     waivers = {"test_silent_platform_is_unknown": "the process table of this machine always answers"}
+
+
+class TestLocalDirect(TestLocal):
+    channels = "direct"

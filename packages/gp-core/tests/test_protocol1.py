@@ -668,7 +668,7 @@ async def test_listener_that_died_loses_the_session_not_the_kernel(
     km = manager(spec=older(scratch=tmp_path))
     await km.start_kernel()
     told: list[Event] = []
-    monkeypatch.setattr(remote(km), "_tell", lambda event, *more: told.append(event))
+    monkeypatch.setattr(remote(km), "tell", lambda event, **more: told.append(event))
     port = cast(CommSession, remote(km).session)._callback.comm_port
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"no JSON")

@@ -41,6 +41,7 @@ from gp_core.kernel import RemoteKernel
 from gp_core.local import LocalBackend
 from gp_core.planning import Planner
 from gp_core.runtime import runtime
+from gp_core.starting import Start
 from gp_core.store import FileStore, Record
 
 from .conftest import TINY, Specs, ask, kernelspec, launchers, nothing_left, until
@@ -135,13 +136,14 @@ async def test_no_secret_can_be_read_anywhere(
     )
 
 
+@pytest.mark.parametrize("channels", ["relay", "direct"])
 @pytest.mark.parametrize("transport", ["tcp", "ipc"])
 async def test_the_managers_transport_is_honoured(
-    manager: Make, transport: str, monkeypatch: pytest.MonkeyPatch
+    manager: Make, transport: str, channels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = tempfile.mkdtemp(prefix="gp-")  # a socket's path has at most 107 bytes
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", short)
-    km = manager("python3", "-c", IPC_KERNEL, "{connection_file}") if transport == "ipc" else manager()
+    km = manager("python3", "-c", ANY_TRANSPORT, "{connection_file}", config={"channels": channels})
     km.transport = transport
     await km.start_kernel()
     try:
@@ -154,12 +156,16 @@ async def test_the_managers_transport_is_honoured(
     shutil.rmtree(short)
 
 
-IPC_KERNEL = """
+ANY_TRANSPORT = """
 import json, socket, sys, time
 info = json.load(open(sys.argv[1]))
-socks = []
+listening = []
 for name in ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port"):
-    s = socket.socket(socket.AF_UNIX); s.bind("%s-%d" % (info["ip"], info[name])); s.listen(5); socks.append(s)
+    ipc = info["transport"] == "ipc"
+    made = socket.socket(socket.AF_UNIX if ipc else socket.AF_INET)
+    made.bind("%s-%d" % (info["ip"], info[name]) if ipc else (info["ip"], info[name]))
+    made.listen(5)
+    listening.append(made)
 time.sleep(600)
 """
 
@@ -307,8 +313,7 @@ STEPS: dict[str, tuple[type, str, int]] = {
     "plugins": (plugins_module.Plugins, "before_launch", 1),
     "backend": (LocalBackend, "launch", 1),
     "second record": (FileStore, "put", 2),
-    "confirmation": (RemoteKernel, "_confirm", 1),
-    "last record": (FileStore, "put", 3),
+    "confirmation": (Start, "_confirm", 1),
 }
 
 

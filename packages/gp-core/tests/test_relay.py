@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 from jupyter_client import AsyncKernelManager
 
+from gp_core import Event, KernelEvent, hookimpl
 from gp_core import kernel as kernel_module
 from gp_core import relay as relay_module
-from gp_core.errors import LaunchFailed
+from gp_core.errors import ConfigError, LaunchFailed
+from gp_core.plugins import plugins
 from gp_core.relay import peer_uid
 from gp_core.runtime import runtime
 
@@ -230,6 +232,46 @@ async def test_a_dead_path_is_noticed_and_resumed(echo: AsyncKernelManager, monk
     writer.close()
 
 
+async def test_traffic_is_told_by_events_and_in_the_record(
+    echo: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(relay_module, "NEWS", 0.0)
+    monkeypatch.setattr(relay_module, "IDLE", 0.05)
+    told: list[KernelEvent] = []
+
+    class Listens:
+        @hookimpl
+        def gp_kernel_event(self, event: KernelEvent) -> None:
+            told.append(event)
+
+    plugins().register(Listens(), "listens")
+    try:
+        reader, writer = await connect(echo)
+        writer.write(b"x" * 200_000 + b"\n")
+        assert len(await asyncio.wait_for(reader.readline(), 10)) == 200_001
+        await until(lambda: recorded(echo).get("bytes_from_kernel", 0) >= 200_001)
+        assert recorded(echo)["bytes_to_kernel"] >= 200_001
+        assert recorded(echo)["streams"] >= 1
+        lost(echo)
+        await until(lambda: any(event.event is Event.RESUMED for event in told), 10)
+        was, now = (
+            next(event.data["traffic"] for event in told if event.event is wanted)
+            for wanted in (Event.LOST, Event.RESUMED)
+        )
+        assert (was["resumes"], now["resumes"]) == (0, 1)
+        assert now["bytes_from_kernel"] >= 200_001
+        await until(lambda: recorded(echo)["resumes"] == 1)
+    finally:
+        writer.close()
+
+
+def recorded(km: AsyncKernelManager) -> dict[str, Any]:
+    """What the record says of the channels' traffic."""
+    record = remote(km).server.store.get(str(km.kernel_id))
+    assert record is not None
+    return record.traffic or {}
+
+
 async def test_users_of_other_accounts_are_refused(
     echo: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -264,6 +306,13 @@ async def test_ipc_endpoints_are_private_and_come_back(manager: Make, monkeypatc
     await km.shutdown_kernel(now=True)
     assert not any(path.exists() for path in paths)
     shutil.rmtree(short)
+
+
+async def test_a_path_that_is_too_long_is_told(manager: Make, tmp_path: Path) -> None:
+    km = manager()
+    km.transport, km.ip = "ipc", str(tmp_path / ("long" * 30))
+    with pytest.raises(ConfigError, match=r"too long for the path of a socket.*JUPYTER_RUNTIME_DIR"):
+        await km.start_kernel()
 
 
 async def test_an_endpoint_that_is_taken_is_told(manager: Make) -> None:

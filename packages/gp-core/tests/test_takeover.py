@@ -6,10 +6,12 @@ import asyncio
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +30,7 @@ from gp_core.errors import (
     LAUNCHER_NOT_BACK,
     OWNED,
     SERVER_KEY_CHANGED,
+    BackendError,
     ConfigError,
     LaunchDenied,
     LaunchFailed,
@@ -46,7 +49,7 @@ OWNER = """
 import json, os, signal, sys
 from jupyter_client import KernelManager
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from gp_core import kernel, local
+from gp_core import kernel, local, starting
 
 class Specs(KernelSpecManager):
     def get_kernel_spec(self, name):
@@ -260,6 +263,26 @@ async def test_a_kernel_that_only_its_launcher_confirms(own: Own, manager: Make)
     await km.shutdown_kernel(now=True)
 
 
+@pytest.mark.parametrize("works", [True, False])
+async def test_the_backend_may_bring_the_launchers_call_here(
+    own: Own, manager: Make, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    told: list[Any] = []
+
+    async def adopt(self: LocalBackend, handle: Any, listener: tuple[str, int]) -> None:
+        told.append((handle["kernel_id"], listener))
+        if not works:
+            raise BackendError("the way is blocked")
+
+    orphan(own)
+    monkeypatch.setattr(LocalBackend, "adopt", adopt)
+    km = manager()
+    await km.start_kernel(kernel_id=ID)
+    assert told == [(ID, ("127.0.0.1", kernel_server().port))]
+    assert await km.is_alive(), "it comes by another way all the same"
+    await km.shutdown_kernel(now=True)
+
+
 async def test_relayed_channels_have_the_same_endpoints(
     own: Own, manager: Make, installation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +326,26 @@ async def test_relayed_channels_are_back_before_anybody_asks_for_the_kernel(
     await km.start_kernel(kernel_id=ID)
     assert ask(km)["pid"]
     await km.shutdown_kernel(now=True)
+
+
+async def test_relayed_channels_in_a_private_folder_have_the_same_paths(
+    own: Own, manager: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = tempfile.mkdtemp(prefix="gp-")  # a socket's path has at most 107 bytes
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", short)
+    told = orphan(own, variables={"OWNER_PATCH": f"manager.transport, manager.ip = 'ipc', '{short}/tiny'"})
+    path = Path(f"{told['ip']}-{told['shell_port']}")
+    assert path.is_socket(), "a killed server leaves it"
+    km = manager()  # of tcp: the kernel's clients have the paths
+    await km.start_kernel(kernel_id=ID)
+    assert (km.transport, km.ip, km.shell_port) == ("ipc", told["ip"], told["shell_port"])
+    reader, writer = await asyncio.open_unix_connection(path)
+    writer.write(b"?\n")
+    assert json.loads(await asyncio.wait_for(reader.read(), 5))["pid"]
+    writer.close()
+    await km.shutdown_kernel(now=True)
+    assert not path.exists()
+    shutil.rmtree(short)
 
 
 async def test_an_endpoint_that_a_stranger_has_is_told_and_the_lease_given_back(
@@ -572,7 +615,7 @@ async def test_one_whose_kernel_has_ended_and_whose_launcher_waits_is_started_an
 
 @pytest.mark.parametrize("handle", [False, True], ids=["unknown job", "known job"])
 async def test_a_server_that_died_while_it_started_the_kernel(own: Own, manager: Make, handle: bool) -> None:
-    step = ("kernel.RemoteKernel", "_confirm") if handle else ("local.LocalBackend", "launch")
+    step = ("starting.Start", "_confirm") if handle else ("local.LocalBackend", "launch")
     patch = f"""
 launch = {step[0]}.{step[1]}
 async def dying(*args, **kwargs):

@@ -32,6 +32,17 @@ def test_a_lost_session_is_dialled_again_and_the_report_repeated(launch, server)
     assert connection.next("listening")["run"] == 2
 
 
+def test_sessions_that_have_lived_for_a_while_are_dialled_again_soon(launch, server):
+    launch(tuned=("supervisor.STEADY = 0.1", "dialer.LONGEST_PAUSE = 1000.0"))
+    began = time.monotonic()
+    for _ in range(10):  # with pauses that double, the last one alone would take a minute
+        connection, _ = server.meet(60)
+        connection.next("listening")
+        time.sleep(0.25)
+        connection.cut()
+    assert time.monotonic() - began < 12
+
+
 def test_a_server_that_comes_back_on_its_port(launch, server):
     running = launch()
     connection, _ = server.meet()

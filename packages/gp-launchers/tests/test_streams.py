@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections import deque
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from gp_launchers.streams import (
     CREDIT,
     DATA,
     KEPT,
+    LONGEST_KEPT,
     MAX_STREAMS,
     OPEN,
     OVERHEAD,
@@ -234,6 +236,27 @@ def test_a_reader_that_stops_gets_no_more_than_the_base(ends):
     assert server.streams._pool == POOL
 
 
+def test_a_reader_that_stops_is_counted_once_at_both_ends(ends):
+    server, launcher = ends
+
+    def carried():
+        for _ in range(3):
+            moved(launcher, server)
+            moved(server, launcher)
+
+    launcher.mine[1].write(b"x" * 1_000_000)
+    carried()  # and nobody consumes it at the server
+    for stalls in (1, 2):
+        for both in (server.streams, launcher.streams):
+            both.settle()
+            assert both.stalls == stalls - 1, "it moved until just now"
+            for _ in range(3):
+                assert both.settle(), "look again"
+                assert both.stalls == stalls
+        server.consume(1, BASE)
+        carried()
+
+
 def test_control_overtakes_and_the_others_take_turns(ends):
     server, launcher = ends
     for channel in ("shell", "control"):
@@ -248,6 +271,28 @@ def test_control_overtakes_and_the_others_take_turns(ends):
     while frame := launcher.streams.pull():
         order.append(frame[4])
     assert order == [3, 1, 2, 1, 2, 1, 2]
+
+
+def test_some_frames_are_pulled_as_one_piece_in_their_order(ends):
+    _server, launcher = ends
+    launcher.mine[1].credit = WINDOW
+    for piece in (b"a" * 1000, b"b" * 2000, b"c" * 3000):
+        launcher.mine[1].write(piece)
+    assert launcher.streams.pull_some(1500) == pack(DATA, 1, b"a" * 1000) + pack(DATA, 1, b"b" * 2000)
+    assert launcher.streams.pull_some(1) == pack(DATA, 1, b"c" * 3000)
+    assert launcher.streams.pull_some(1) == b""
+
+
+def test_an_acknowledgement_goes_along_with_other_frames(ends):
+    server, launcher = ends
+    launcher.mine[1].credit = WINDOW
+    server.mine[1].granted = server.mine[1].window = WINDOW
+    launcher.mine[1].write(b"x" * module.ACK_ALONG)
+    moved(launcher, server)
+    assert server.streams.pull() == b"", "nothing else is to be sent"
+    server.took(server.streams.open("shell"))
+    assert server.streams.pull()[0] == ACK
+    assert server.streams.pull()[0] == OPEN
 
 
 def test_a_reset_closes_all_and_begins_anew(ends):
@@ -297,6 +342,23 @@ def test_an_acknowledgement_cannot_be_taken_back(ends):
         server.streams.receive(ACK, 0, struct.pack("!Q", 0))
     with pytest.raises(WireError, match="cannot be"):
         server.streams.resume(0)
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_who_never_acknowledges_what_it_gets_is_left(ends, reads):
+    server, _ = ends
+
+    def given() -> None:
+        server.streams.receive(DATA, 1, b"x" * (BASE // 2))
+        server.consume(1, BASE)
+        if reads:
+            server.put()
+            server.wire = b""
+
+    for _ in range(LONGEST_KEPT // (2 * OVERHEAD)):
+        given()
+    with pytest.raises(WireError, match="does not acknowledge"):
+        deque((given() for _ in range(LONGEST_KEPT // OVERHEAD)), maxlen=0)
 
 
 def test_there_are_not_too_many_streams():

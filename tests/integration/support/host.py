@@ -1,7 +1,7 @@
 """A host application to be killed: many kernels by a MappingKernelManager, driven by lines, one JSON answer a line.
 
 Argument: name of the manager's class in `jupyter_server`. Lines: ``start KERNEL_ID KERNELSPEC [USER]``,
-``shutdown KERNEL_ID``.
+``shutdown KERNEL_ID``, ``relay KERNEL_ID``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 from typing import Any
 
 from jupyter_server.services.kernels import kernelmanager
+
+from gp_core.server import kernel_server
 
 
 def say(**what: Any) -> None:
@@ -31,6 +33,13 @@ async def main() -> None:
                 await manager.start_kernel(kernel_id=words[1], kernel_name=words[2], env=env)
                 info = manager.get_kernel(words[1]).get_connection_info()
                 say(connection={**info, "key": info["key"].decode()})
+            elif words[0] == "relay":
+                kernel = kernel_server().kernels[words[1]]
+                say(
+                    resumes=kernel.relay.resumes,
+                    streams=len(kernel.relay.streams),
+                    launcher=kernel.record.handle["pid"],
+                )
             else:
                 await manager.shutdown_kernel(words[1], now=True)
                 say(done=True)

@@ -109,8 +109,12 @@ def wait_until(condition: Callable[[], object], within: float, *, every: float =
 
 
 @contextmanager
-def installed() -> Iterator[Installation]:
-    """Make an installation; at its end nothing of it may be left."""
+def installed(channels: str) -> Iterator[Installation]:
+    """Make an installation; at its end nothing of it may be left.
+
+    Args:
+        channels: "relay" or "direct".
+    """
     with isolated_jupyter() as env, pytest.MonkeyPatch.context() as patch:
         installation = Installation(env)
         for name in [name for name in os.environ if name.startswith("GP_") and not name.startswith("GP_TEST_")]:
@@ -118,6 +122,8 @@ def installed() -> Iterator[Installation]:
         patch.setenv("GP_DATA_DIR", str(installation.data_dir))
         patch.setenv("GP_RUNTIME_DIR", str(env.home / "launchers"))
         patch.setenv("GP_RESPONSE_PORT", "0")
+        if channels != "relay":  # the default is to be seen at work
+            patch.setenv("GP_CHANNELS", channels)
         # managers in this process share one server: this test gets its own
         patch.setattr(server, "_server", None)
         try:

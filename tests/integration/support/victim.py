@@ -15,7 +15,7 @@ from typing import Any
 
 from jupyter_client.manager import AsyncKernelManager
 
-from gp_core import kernel, rendezvous, store
+from gp_core import kernel, rendezvous, starting, store
 from gp_core.local import LocalBackend
 from gp_core.plugins import Plugins
 from gp_core.server import kernel_server
@@ -35,7 +35,7 @@ def die_at(stage: str) -> None:
         "record": (store.FileStore, "put"),
         "plugins": (Plugins, "before_launch"),
         "launch": (LocalBackend, "launch"),
-        "confirm": (kernel.RemoteKernel, "_confirm"),
+        "confirm": (starting.Start, "_confirm"),
         "connected": (kernel.RemoteKernel, "connected"),
     }[step]
     original = getattr(owner, name)

@@ -58,6 +58,9 @@ class Status:
     detail: str = ""
 
 
+TOLD = "--response-address="  # the launcher's option
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finding:
     """One result of a check for ``jupyter gp doctor``.
@@ -111,6 +114,7 @@ class LaunchRequest(KernelInfo):
         port_range: Where the kernel may listen.
         launcher_file: The launcher on this machine as one executable zip file.
         launcher_options: Arguments of the launcher, without secrets.
+        listener: Where this process listens for launchers, for a backend that brings their calls here itself.
     """
 
     argv: Sequence[str]
@@ -124,6 +128,7 @@ class LaunchRequest(KernelInfo):
     port_range: PortRange = field(default_factory=PortRange)
     launcher_file: Path = Path("gp-launcher.pyz")
     launcher_options: Sequence[str] = ()
+    listener: tuple[str, int] = ("127.0.0.1", 0)
 
     def command(self, launcher: str | Path | None = None, *, python: str = "python3") -> list[str]:
         """Return the argv to run on the far side.
@@ -141,9 +146,21 @@ class LaunchRequest(KernelInfo):
         start = [python, "-I", "-S", str(launcher or self.launcher_file)]
         return [*start, *self.launcher_arguments(), "--", *self.argv]
 
-    def launcher_arguments(self) -> list[str]:
-        """Return the launcher's options, for a backend that starts it in a way of its own."""
-        return [*self.launcher_options, *([f"--cwd={self.cwd}"] if self.cwd else [])]
+    @property
+    def response_address(self) -> str:
+        """Where the launcher dials: ``host:port``, several separated by commas."""
+        return next((word[len(TOLD) :] for word in self.launcher_options if word.startswith(TOLD)), "")
+
+    def launcher_arguments(self, *, dial_first: str = "") -> list[str]:
+        """Return the launcher's options, for a backend that starts it in a way of its own.
+
+        Args:
+            dial_first: ``host:port`` that the launcher tries before the server's own addresses.
+        """
+        options = [word for word in self.launcher_options if not (dial_first and word.startswith(TOLD))]
+        if dial_first:
+            options.append(f"{TOLD}{dial_first},{self.response_address}")
+        return [*options, *([f"--cwd={self.cwd}"] if self.cwd else [])]
 
     def script_environment(self) -> dict[str, str]:
         """Return the variables that a command on this machine needs on top of the server's, secrets included."""
@@ -194,6 +211,19 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
         for handle in await self.discover(request.kernel_id):
             return handle
         return {"kernel_id": request.kernel_id}
+
+    async def adopt(self, handle: Handle, listener: tuple[str, int]) -> None:
+        """Prepare for the launcher of a kernel that this process has taken over from another one.
+
+        For a backend that brings the launchers' calls here itself; the default does nothing.
+
+        Args:
+            handle: Of the job.
+            listener: Where this process listens for launchers.
+
+        Raises:
+            BackendError: The calls cannot be brought here; the launcher may still come by another way.
+        """
 
     @abstractmethod
     async def status(self, handle: Handle) -> Status:

@@ -98,7 +98,7 @@ class ProvisionerOptions(LoggingConfigurable):
     channels = from_env(
         CaselessStrEnum(
             ["relay", "direct"],
-            "direct",
+            "relay",
             help="How clients reach a kernel: through its launcher's connection, or by its own ports.",
         ),
         "GP_CHANNELS",

@@ -17,7 +17,6 @@ from jupyter_core.paths import jupyter_runtime_dir
 from .backend import Backend, LaunchRequest
 from .command import fill, launch_environment, names_our_launcher, placeholders
 from .errors import ConfigError, LaunchDenied
-from .kernel import Plan
 from .options import ProvisionerOptions, choose, configurable
 from .parameters import from_client, from_schema
 from .policies import Policy, check_user, opened, resolve_user
@@ -25,6 +24,7 @@ from .ports import PortRange
 from .protocol import PORTS
 from .protocol1 import Terms
 from .server import KernelServer
+from .starting import Plan
 
 CURVE = ("curve_publickey", "curve_secretkey")
 
@@ -127,6 +127,7 @@ class Planner:
             parameters=parameters,
             port_range=policy.port_range,
             launcher_file=self.server.launcher_file,
+            listener=self.server.listener,
             launcher_options=launcher_options(
                 self.server, self.kernel_id, policy.port_range, self.orphan_timeout, local=self.backend.runs_here
             ),

@@ -33,13 +33,14 @@ from jupyter_client.provisioning.provisioner_base import KernelProvisionerBase, 
 from . import takeover
 from .backend import Backend
 from .errors import GPError, readable
-from .kernel import Plan, RemoteKernel
+from .kernel import RemoteKernel
 from .options import ProvisionerOptions
 from .planning import CURVE, Planned, Planner, text
 from .plugins import plugins
 from .protocol import PORTS
 from .runtime import runtime
 from .server import KernelServer, kernel_server
+from .starting import Plan
 from .store import Record
 
 T = TypeVar("T")

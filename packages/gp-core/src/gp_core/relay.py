@@ -15,20 +15,25 @@ import secrets
 import socket
 import stat
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from gp_launchers.ports import PATH_MAX
 from gp_launchers.streams import CHANNELS, IDLE, UNSENT, Stream, Streams
 from gp_launchers.wire import WireError
 
-from .errors import ENDPOINT_TAKEN, TOO_MANY_FILES, LaunchFailed
+from .errors import ENDPOINT_TAKEN, TOO_MANY_FILES, ConfigError, LaunchFailed
 from .runtime import blocking, runtime
 from .store import private_folder
 
 log = logging.getLogger(__name__)
 
+SUFFIX = len("-65535")  # of a channel's path at most
 ENOUGH = 128 * 1024  # bytes of one client that wait for the session, until no more are read
+NEWS = 30.0  # seconds between two times that `Relay` tells of its traffic while there is some
+NOTABLE = 64 * 1024  # bytes of traffic that are worth it
 PING = 5.0  # seconds of silence after which a launcher that carries channels pings: a dead path shows within 15
 
 
@@ -50,11 +55,16 @@ class Relay:
         kernel_id: For texts.
         endpoint: ``transport``, ``ip`` and ports that clients are told; a port of 0 is chosen, and any ``ip`` of tcp is
             taken for 127.0.0.1.
+        on_traffic: Told now and then that `traffic` has changed.
     """
 
-    def __init__(self, kernel_id: str, endpoint: Mapping[str, Any]) -> None:
+    def __init__(
+        self, kernel_id: str, endpoint: Mapping[str, Any], on_traffic: Callable[[], object] = lambda: None
+    ) -> None:
         self.streams = Streams(True, on_ready=self._ready)
         self.resumes = 0
+        self._on_traffic = on_traffic
+        self._told_traffic = self.traffic
         self._kernel_id = kernel_id
         self._ipc = endpoint["transport"] == "ipc"
         self._ip = str(endpoint["ip"]) if self._ipc else "127.0.0.1"
@@ -73,6 +83,19 @@ class Relay:
         ports = {f"{name}_port": number for name, number in self._numbers.items()}
         return {"transport": "ipc" if self._ipc else "tcp", "ip": self._ip, **ports}
 
+    @property
+    def traffic(self) -> dict[str, float]:
+        """What went through, for people: bytes, open streams, how often a session was resumed or a reader stalled."""
+        streams = self.streams
+        return {
+            "bytes_from_kernel": streams.bytes_in,
+            "bytes_to_kernel": streams.bytes_out,
+            "streams": len(streams),
+            "resumes": self.resumes,
+            "stalls": streams.stalls,
+            "at": round(time.time(), 1),
+        }
+
     # -- endpoints
 
     async def open(self) -> None:
@@ -80,9 +103,15 @@ class Relay:
 
         Raises:
             LaunchFailed: One of them is taken, or there are too many open files.
+            ConfigError: Its path is too long.
         """
         loop = asyncio.get_running_loop()
         if self._ipc:
+            if len(os.fsencode(self._ip)) + SUFFIX > PATH_MAX:
+                raise ConfigError(
+                    f"kernel {self._kernel_id}: {self._ip} is too long for the path of a socket ({PATH_MAX} bytes): "
+                    "set JUPYTER_RUNTIME_DIR to a shorter folder, or let clients use tcp"
+                )
             await blocking(private_folder, Path(self._ip).parent)
         for name in CHANNELS:
             if name in self._servers and not (self._ipc and await blocking(self._is_unlinked, name)):
@@ -165,6 +194,7 @@ class Relay:
         Raises:
             WireError: The launcher breaks the rules.
         """
+        self._pumping = True  # what it asks for is sent when the others have been taken too: see `writable`
         self._or_renew(lambda: self.streams.receive(kind, stream, payload))
 
     def _or_renew(self, act: Callable[[], None]) -> None:
@@ -184,7 +214,7 @@ class Relay:
         self.streams.reset()
 
     def writable(self) -> None:
-        """The session can take more."""
+        """The session can take more, or all frames that have come with one piece were received."""
         self._pump()
 
     def _ready(self) -> None:
@@ -193,22 +223,32 @@ class Relay:
             asyncio.get_running_loop().call_soon(self._pump)
 
     def _pump(self) -> None:
-        self._pumping = False
+        self._pumping = True  # or each frame would ask for one more turn
         carrier = self._carrier
         while carrier is not None and carrier.unsent < UNSENT:
-            frames = []
-            size = 0
-            while size < UNSENT and (frame := self.streams.pull()):
-                frames.append(frame)
-                size += len(frame)
+            frames = self.streams.pull_some(UNSENT - carrier.unsent)
             if not frames:
                 break
-            carrier.send_frames(b"".join(frames))
+            carrier.send_frames(frames)
+        self._pumping = False
         if self._settling is None:
             self._settling = asyncio.get_running_loop().call_later(IDLE, self._settle)
 
+    def send(self, stream: Stream, data: bytes) -> None:
+        """Write to a stream, and to the session at once: a turn of the loop is long for a small message."""
+        self._pumping = True
+        stream.write(data)
+        self._pump()
+
     def _settle(self) -> None:
         again = self.streams.settle()
+        now = self.traffic
+        if _differ(now, self._told_traffic):
+            if now["at"] - self._told_traffic["at"] >= NEWS:
+                self._told_traffic = now
+                self._on_traffic()
+            else:
+                again = True
         self._settling = asyncio.get_running_loop().call_later(IDLE, self._settle) if again else None
 
     # -- clients
@@ -268,7 +308,7 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         assert self._stream is not None
         assert self._transport is not None
-        self._stream.write(data)
+        self._relay.send(self._stream, data)
         if self._stream.queued >= ENOUGH:
             self._transport.pause_reading()
 
@@ -302,6 +342,12 @@ class Client(asyncio.Protocol):
         """Close the connection after what it still has to get."""
         if self._transport is not None:
             self._transport.close()
+
+
+def _differ(now: Mapping[str, float], told: Mapping[str, float]) -> bool:
+    """Whether there is something to tell: a heartbeat is nothing."""
+    counts = any(now[name] != told[name] for name in ("streams", "resumes", "stalls"))
+    return counts or any(now[name] - told[name] >= NOTABLE for name in ("bytes_from_kernel", "bytes_to_kernel"))
 
 
 def peer_uid(peer: Any, own: Any) -> int | None:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
+from gp_launchers.tls import RECORD, decrypt, room
 from gp_launchers.wire import (
     MAX_FRAME,
     MAX_HELLO,
@@ -64,7 +65,7 @@ class Kernel(Protocol):
         """
 
     def writable(self, session: Session) -> None:
-        """What was queued in the session has been sent."""
+        """What was queued in the session has been sent, or all that has come was received."""
 
     def disconnected(self, session: Session) -> None:
         """The session broke; says nothing about the kernel."""
@@ -190,13 +191,21 @@ class Session(asyncio.Protocol):
             if not self._handshaken:
                 self._tls.do_handshake()
                 self._handshaken = True
-            while data := self._tls.read(MAX_FRAME):
-                self._frames(data)
-            self.close()
+            self._decrypt(self._tls, self._rendezvous.room)
         except ssl.SSLWantReadError:
             pass
         finally:
             self._flush()
+
+    def _decrypt(self, tls: ssl.SSLObject, buffer: memoryview) -> None:
+        size = len(buffer)
+        while len(buffer) - size < RECORD:  # it was full: there may be more
+            size, ended = decrypt(tls, buffer)
+            self._frames(buffer[:size])
+            if self.kernel is not None:
+                self.kernel.writable(self)
+            if ended:
+                self.close()
 
     def _flush(self) -> None:
         if self._tls is None or self.transport is None:
@@ -207,7 +216,7 @@ class Session(asyncio.Protocol):
             log.warning("launcher of %s does not read: session aborted", self.address)
             self.transport.abort()
 
-    def _frames(self, data: bytes) -> None:
+    def _frames(self, data: bytes | memoryview) -> None:
         self.heard = self._rendezvous.loop.time()
         for kind, stream, payload in self._decoder.feed(data):
             if kind == MESSAGE and stream == 0:
@@ -244,6 +253,7 @@ class Rendezvous:
         self.context = context
         self.hand_over = hand_over
         self.loop = asyncio.get_running_loop()
+        self.room = room()  # for all sessions: none keeps anything there
         self.sessions: set[Session] = set()
         self._doorkeeper = doorkeeper
         self._strangers: dict[Session, asyncio.TimerHandle] = {}  # in the order in which they came

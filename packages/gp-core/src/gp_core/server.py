@@ -173,6 +173,13 @@ class KernelServer(LoggingConfigurable):
         return [f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in hosts]
 
     @property
+    def listener(self) -> tuple[str, int]:
+        """Host and port of the listener, for connections of this machine."""
+        bound = self.bind_addresses()
+        here = [host for host, any_of in (("127.0.0.1", "0.0.0.0"), ("::1", "::")) if {host, any_of} & set(bound)]
+        return (here or bound)[0], self.port
+
+    @property
     def pins(self) -> str:
         """What launchers recognise the server by; opens nothing."""
         assert self.identity is not None

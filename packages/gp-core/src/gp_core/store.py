@@ -79,6 +79,7 @@ class Record:
         launcher_protocol: 1: its launcher never calls back again, and has no lease.
         channels: "relay": ``connection`` is what its server listens on, and its launcher carries the rest; or "direct".
         blackout_buffer: Bytes of output that the launcher keeps while nobody takes it.
+        traffic: What has gone through relayed channels, as `Relay.traffic` told it last.
         orphan_timeout: Seconds without a server until the launcher ends the kernel.
         created: Seconds since the epoch.
     """
@@ -103,6 +104,7 @@ class Record:
     launcher_protocol: int = 2
     channels: str = "direct"
     blackout_buffer: int = 0
+    traffic: dict[str, Any] | None = None
     orphan_timeout: float = 600.0
     created: float = 0.0
 
@@ -137,7 +139,10 @@ class Record:
             numbers = (made.run, made.created, made.orphan_timeout)
             if not all(isinstance(number, (int, float)) for number in numbers):
                 raise StoreError("not a record of a kernel: a number is none")
-            if not all(isinstance(value, dict) for value in (made.options, made.connection, made.handle or {})):
+            if not all(
+                isinstance(value, dict)
+                for value in (made.options, made.connection, made.handle or {}, made.traffic or {})
+            ):
                 raise StoreError("not a record of a kernel: an object is none")
             return made
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -165,6 +170,17 @@ class Store(Protocol):
         """
 
 
+def file_name(kernel_id: str) -> str:
+    """Return a kernel's id if it may be part of a path.
+
+    Raises:
+        StoreError: Not with these characters.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", kernel_id):
+        raise StoreError(f"kernel id {kernel_id[:40]!r} cannot be a file name: use letters, digits, - and _")
+    return kernel_id
+
+
 class FileStore:
     """One JSON file per kernel.
 
@@ -176,9 +192,7 @@ class FileStore:
         self.folder = folder
 
     def _path(self, kernel_id: str) -> Path:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}", kernel_id):
-            raise StoreError(f"kernel id {kernel_id[:40]!r} cannot be a file name: use letters, digits, - and _")
-        return self.folder / f"{kernel_id}.json"
+        return self.folder / f"{file_name(kernel_id)}.json"
 
     def put(self, record: Record) -> None:
         """Write a record so that a crash leaves the old or the new one.

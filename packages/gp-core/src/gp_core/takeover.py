@@ -10,15 +10,24 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from .backend import KernelInfo
-from .errors import LAUNCHER_NOT_BACK, SERVER_KEY_CHANGED, ConfigError, GPError, LaunchDenied, LaunchFailed
+from .errors import (
+    LAUNCHER_NOT_BACK,
+    SERVER_KEY_CHANGED,
+    BackendError,
+    ConfigError,
+    GPError,
+    LaunchDenied,
+    LaunchFailed,
+)
 from .policies import Policy
 from .runtime import runtime
 from .server import owned
 from .store import Record
 
 if TYPE_CHECKING:
-    from .kernel import Plan, RemoteKernel
+    from .kernel import RemoteKernel
     from .server import KernelServer
+    from .starting import Plan
 
 LEAVING = 30.0  # seconds that a new start waits for the removal of a former kernel of that id
 
@@ -146,12 +155,21 @@ async def _is_back(
             if await kernel.is_gone():
                 return False
             await server.listen_at(record.kernel_id, record.bind)
-        return await kernel.resume(until=plan.confirm, timeout=plan.timeout)
+            await _adopt(server, kernel)
+        return await kernel.resume(plan)
     except BaseException as error:
         undoing = runtime().spawn(server.give_back(record, user), name="clean-up of a takeover")
         if isinstance(error, Exception):
             await asyncio.shield(undoing)
         raise
+
+
+async def _adopt(server: KernelServer, kernel: RemoteKernel) -> None:
+    assert kernel.record.handle is not None
+    try:
+        await kernel.backend.adopt(kernel.record.handle, server.listener)
+    except BackendError as error:  # whether the launcher comes all the same shows at once
+        server.log.warning("kernel %s: %s", kernel.info.kernel_id, error)
 
 
 async def _taken(server: KernelServer, record: Record, user: object) -> RemoteKernel | None:

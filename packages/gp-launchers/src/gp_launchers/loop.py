@@ -39,6 +39,7 @@ class Loop:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        self._watched: dict[int, tuple[int, Callable[[int], object]]] = {}
         self._timers: set[Timer] = set()
         self._results: deque[Callable[[], object]] = deque()
         self._signals: dict[int, Callable[[], object]] = {}
@@ -51,17 +52,19 @@ class Loop:
 
     def watch(self, descriptor: int, events: int, callback: Callable[[int], object]) -> None:
         """Call back with the ready events of a descriptor; replaces what was said of it before."""
-        if descriptor in self._selector.get_map():
-            self._selector.modify(descriptor, events, callback)
-        else:
+        before, wanted = self._watched.get(descriptor), (events, callback)
+        if before == wanted:
+            return
+        if before is None:
             self._selector.register(descriptor, events, callback)
+        else:
+            self._selector.modify(descriptor, events, callback)
+        self._watched[descriptor] = wanted
 
     def unwatch(self, descriptor: int) -> None:
         """Forget a descriptor; safe to repeat."""
-        try:
+        if self._watched.pop(descriptor, None) is not None:
             self._selector.unregister(descriptor)
-        except (KeyError, ValueError):
-            pass
 
     def after(self, seconds: float, callback: Callable[[], object]) -> Timer:
         """Call back once, after some seconds; the timer may be given to `cancel`."""
@@ -101,7 +104,8 @@ class Loop:
                 timeout = max(0.0, min(timer.when for timer in self._timers) - time.monotonic())
             for key, events in self._selector.select(timeout):
                 # An earlier callback of this round may have closed the descriptor or given it to somebody else.
-                if self._current(key):
+                current = self._watched.get(key.fd)
+                if current is not None and current[1] == key.data:
                     key.data(events)
             now = time.monotonic()
             for timer in [timer for timer in self._timers if timer.when <= now]:
@@ -110,12 +114,6 @@ class Loop:
                 if callback is not None:
                     callback()
         return self._code
-
-    def _current(self, key: selectors.SelectorKey) -> bool:
-        try:
-            return bool(self._selector.get_key(key.fd).data == key.data)
-        except KeyError:
-            return False
 
     def _woken(self, _events: int) -> None:
         try:

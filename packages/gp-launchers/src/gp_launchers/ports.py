@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 NAMES = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
 _TAKEN = (errno.EADDRINUSE, errno.EACCES)
-_PATH_MAX = 107 if sys.platform == "linux" else 103
+PATH_MAX = 107 if sys.platform == "linux" else 103
 
 
 class Ports:
@@ -33,7 +33,7 @@ class Ports:
     def __init__(self, connection: Mapping[str, Any], port_range: tuple[int, int], folder: str) -> None:
         self.ipc = connection.get("transport") == "ipc"
         given = connection.get("ip")
-        if self.ipc and not given and len(os.fsencode(folder)) + len("/ipc-1000") > _PATH_MAX:
+        if self.ipc and not given and len(os.fsencode(folder)) + len("/ipc-1000") > PATH_MAX:
             self.ipc = False  # nobody named a path, so nobody minds
         self.ip = str(given or (os.path.join(folder, "ipc") if self.ipc else "127.0.0.1"))
         self.numbers: dict[str, int] = {}
@@ -144,8 +144,8 @@ class Ports:
     def path(self, number: int) -> str:
         """Return the socket path that a number stands for."""
         path = f"{self.ip}-{number}"
-        if len(os.fsencode(path)) > _PATH_MAX:
-            raise StartError("NoPort", f"the socket path {path} has more than {_PATH_MAX} bytes")
+        if len(os.fsencode(path)) > PATH_MAX:
+            raise StartError("NoPort", f"the socket path {path} has more than {PATH_MAX} bytes")
         return path
 
     def family(self) -> int:

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from .session import Session
     from .streams import Stream
 
-PIECE = 64 * 1024  # bytes read at a time
+PIECE = 128 * 1024  # bytes read at a time
 ENOUGH = 256 * 1024  # bytes that wait for the session, until no more are read (iopub: until they go to the spool)
+SMALL = 16 * 1024  # bytes read at a time from a kernel that says little: a large buffer is mapped each time
+LARGE = 1024 * 1024  # bytes, more than any piece: once that was freed, glibc keeps as much at hand
 LAST = 64  # pieces that are read after a kernel's end
 AGAIN = 0.05  # seconds between attempts to connect
 BUFFER = 64 * 1024 * 1024  # bytes of a spool, unless the server says otherwise
@@ -42,6 +44,7 @@ class Relay:
 
     def __init__(self, loop: Loop, session: Callable[[], Session | None], folder: Callable[[], str], log: Log) -> None:
         self.streams = Streams(False, self._opened, self._ready)
+        bytearray(LARGE)  # see there
         self.identity: str | None = None  # the server's name for its end of the streams
         self.buffer = BUFFER
         self.lost_messages = self.lost_bytes = 0  # of iopub, because nobody took them in time
@@ -104,13 +107,20 @@ class Relay:
         Args:
             everything: All that may be sent, because there will be no other time.
         """
-        self._pumping = False
+        self._pumping = True  # or each frame would ask for one more turn
         session = self._session()
         while session is not None and (everything or session.unsent < UNSENT):
-            frame = self.streams.pull()
-            if not frame:
+            frames = self.streams.pull_some(max(1, UNSENT - session.unsent))
+            if not frames:
                 break
-            session.send_frames(frame)
+            session.send_frames(frames)
+        self._pumping = False
+
+    def send(self, stream: Stream, data: bytes) -> None:
+        """Write to a stream, and to the session at once: a turn of the loop is long for a small message."""
+        self._pumping = True
+        stream.write(data)
+        self.pump()
 
     def dropped(self, messages: int, size: int) -> None:
         """Count output that was left out; the server is told by the next `report`."""
@@ -157,6 +167,7 @@ class Channel:
         self._connected = False
         self._gone = False
         self._timer: Timer | None = None
+        self._piece = SMALL
         self._out = bytearray()  # for the kernel; bounded by the credit that the server has
         # the kernel throws away what its subscribers on iopub do not take, so that channel is read always
         self._messages = Messages() if stream.channel == "iopub" else None
@@ -254,17 +265,18 @@ class Channel:
         """Take some bytes from the kernel; return whether there may be more."""
         assert self._socket is not None
         try:
-            data = self._socket.recv(PIECE)
+            data = self._socket.recv(self._piece)
         except (BlockingIOError, InterruptedError):
             return False
         except OSError:
             data = b""
+        self._piece = PIECE if len(data) >= SMALL else SMALL
         if not data:
             self.end()
         elif self._messages is not None:
             self._tell(data, self._messages)
         else:
-            self._stream.write(data)
+            self._relay.send(self._stream, data)
             if not self._wants_more():
                 self._watch()
         return self._socket is not None
@@ -273,7 +285,7 @@ class Channel:
         between = messages.between
         ends = messages.ends(data)
         if self._spool is None and self._stream.queued < ENOUGH:
-            self._stream.write(data)
+            self._relay.send(self._stream, data)
             return
         try:
             if self._spool is None:

@@ -12,6 +12,7 @@ import time
 
 from . import wire
 from .loop import READ, WRITE
+from .tls import PIECE, decrypt, room
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,9 +86,13 @@ class Session:
         self._hello = hello
         self._listener = listener
         self._decoder = wire.Decoder()
-        self._out = bytearray()
+        # an SSLSocket would call the system twice for each record that it reads, and once for each that it sends
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._out = memoryview(b"")  # encrypted, not taken by the system
         self._socket: socket.socket | None = None
-        self._tls: ssl.SSLSocket | None = None
+        self._tls: ssl.SSLObject | None = None
+        self._shaken = False
+        self._piece, self._room = memoryview(bytearray(PIECE)), room()
         self._deadline: Timer | None = None
         self._ping: Timer | None = None
         self._ping_every = 0.0
@@ -133,13 +138,17 @@ class Session:
     def send_frames(self, frames: bytes) -> None:
         """Send whole frames of any type."""
         if self._tls is not None:
-            self._out += frames
+            try:
+                self._tls.write(frames)
+            except (OSError, ValueError) as error:
+                self.close(f"lost: {error}")
+                return
             self._write()
 
     @property
     def unsent(self) -> int:
         """Bytes that are queued here."""
-        return len(self._out)
+        return len(self._out) + self._outgoing.pending
 
     def close(self, why: str, refused: bool = False) -> None:
         """End the connection and tell the listener; safe to repeat."""
@@ -148,30 +157,27 @@ class Session:
 
     def finish(self, seconds: float) -> None:
         """Send what is queued and close, waiting for the server at most some seconds; the listener is not told."""
-        tls = self._tls
-        if tls is not None:
+        end = time.monotonic() + seconds
+        if self._tls is not None and self._socket is not None:
             try:
-                tls.settimeout(seconds)
-                if self._out:
-                    tls.sendall(self._out)
-                self._half_close(tls)
-                tls.settimeout(seconds)
-                end = time.monotonic() + seconds
-                while socket.socket.recv(tls, 65536) and time.monotonic() < end:
+                self._socket.settimeout(seconds)
+                self._close_tls(self._tls)
+                self._socket.sendall(self._out)
+                self._socket.sendall(self._outgoing.read())
+                # Then read on: closing with unread data makes TCP throw away what we have just sent.
+                self._socket.shutdown(socket.SHUT_WR)
+                while self._socket.recv_into(self._piece) and time.monotonic() < end:
                     pass
             except OSError:
                 pass
         self._forget()
 
     @staticmethod
-    def _half_close(tls: ssl.SSLSocket) -> None:
-        # Then read on: closing with unread data makes TCP throw away what we have just sent.
-        tls.settimeout(0)
+    def _close_tls(tls: ssl.SSLObject) -> None:
         try:
             tls.unwrap()
         except (OSError, ValueError):
-            pass  # close_notify is sent, the server's has not come yet
-        socket.socket.shutdown(tls, socket.SHUT_WR)
+            pass  # close_notify is written, the server's has not come yet
 
     def _forget(self) -> bool:
         if self._socket is None:
@@ -192,82 +198,90 @@ class Session:
         if code:
             self._fail(OSError(code, os.strerror(code)))
             return
-        self._loop.unwatch(self._socket.fileno())
         try:
-            self._tls = self._context.wrap_socket(self._socket, do_handshake_on_connect=False)
+            self._tls = self._context.wrap_bio(self._incoming, self._outgoing)
         except (OSError, ValueError) as error:
             self.close(f"TLS: {error}")
             return
-        self._socket = self._tls  # the plain object gave its descriptor away
-        self._shake(0)
+        self._shake(self._tls)
 
-    def _shake(self, _events: int) -> None:
-        assert self._tls is not None
+    def _shake(self, tls: ssl.SSLObject) -> None:
         try:
-            self._tls.do_handshake()
+            tls.do_handshake()
         except ssl.SSLWantReadError:
-            self._loop.watch(self._tls.fileno(), READ, self._shake)
-            return
-        except ssl.SSLWantWriteError:
-            self._loop.watch(self._tls.fileno(), WRITE, self._shake)
+            self._write()
             return
         except (OSError, ValueError) as error:
             self.close(f"TLS handshake: {error}")
             return
-        pin = hashlib.sha256(self._tls.getpeercert(True) or b"").hexdigest()
+        pin = hashlib.sha256(tls.getpeercert(True) or b"").hexdigest()
         if pin not in self._pins:
             self.close(f"the certificate there has the pin {pin}, not ours: another server", refused=True)
             return
+        self._shaken = True
         self._loop.cancel(self._deadline)
         self._deadline = self._loop.after(DEADLINE, lambda: self.close(f"no answer to hello within {DEADLINE:g} s"))
-        self._loop.watch(self._tls.fileno(), READ, self._ready)
         self.send(self._hello)
 
     def _ready(self, events: int) -> None:
         if events & WRITE:
             self._write()
             self._listener.on_sent(self)
-        if events & READ and self._tls is not None:
+        if events & READ:
             self._read()
 
     def _read(self) -> None:
-        for _ in range(16):  # bounded: other descriptors want their turn too
-            if self._tls is None:
-                return
-            try:
-                data = self._tls.recv(65536)
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-                return
-            except (OSError, ValueError) as error:
-                self.close(f"lost: {error}")
-                return
-            if not data:
-                self.close("closed by the server")
-                return
-            self.last_received = time.monotonic()
-            try:
-                for frame in self._decoder.feed(data):
-                    if self._socket is not None:
-                        self._listener.on_frame(self, *frame)
-            except wire.WireError as error:
-                self.close(f"not protocol 2: {error}")
-                return
-        if self._tls is not None and self._tls.pending():
-            self._loop.after(0, self._read)  # what TLS holds already does not make the socket readable
-
-    def _write(self) -> None:
-        tls = self._tls
-        if tls is None:
+        """Take what has come, at most a piece: other descriptors want their turn too."""
+        if self._socket is None or self._tls is None:
             return
         try:
-            while self._out:
-                del self._out[: tls.send(self._out)]
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
-            pass
+            size = self._socket.recv_into(self._piece)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self.close(f"lost: {error}")
+            return
+        if not size:
+            self.close("closed by the server")
+            return
+        self.last_received = time.monotonic()
+        self._incoming.write(self._piece[:size])
+        if not self._shaken:
+            self._shake(self._tls)
+        if self._shaken:
+            self._decrypt()
+
+    def _decrypt(self) -> None:
+        """Pass on the frames that have come."""
+        assert self._tls is not None
+        try:
+            size, ended = decrypt(self._tls, self._room)
         except (OSError, ValueError) as error:
             self.close(f"lost: {error}")
             return
-        self._loop.watch(tls.fileno(), READ | WRITE if self._out else READ, self._ready)
+        try:
+            for frame in self._decoder.feed(self._room[:size]):
+                if self._socket is not None:
+                    self._listener.on_frame(self, *frame)
+        except wire.WireError as error:
+            self.close(f"not protocol 2: {error}")
+        if ended:
+            self.close("closed by the server")
+
+    def _write(self) -> None:
+        if self._socket is None:
+            return
+        try:
+            while self._out or self._outgoing.pending:
+                if not self._out:
+                    self._out = memoryview(self._outgoing.read())
+                self._out = self._out[self._socket.send(self._out) :]
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            self.close(f"lost: {error}")
+            return
+        self._loop.watch(self._socket.fileno(), READ | WRITE if self._out else READ, self._ready)
 
     def _keep_alive(self) -> None:
         silence = time.monotonic() - self.last_received

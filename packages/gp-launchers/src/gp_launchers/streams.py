@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections import deque
 
-from .wire import WireError, pack
+from .wire import HEADER, WireError, pack
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,13 +27,15 @@ OPEN, DATA, CLOSE, CREDIT, RETURN, WANT, ACK = 1, 2, 3, 4, 5, 6, 7
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 URGENT = ("control", "hb")  # these overtake the others
 
-CHUNK = 64 * 1024  # bytes of one frame at most: what an interrupt may have to wait for
+CHUNK = 128 * 1024 - HEADER.size  # bytes of one frame at most, four TLS records: what an interrupt may have to wait for
 MAX_STREAMS = 128
 BASE = 8 * 1024  # bytes of credit that a stream always has
 WINDOW = 512 * 1024  # bytes of credit that it may come to
 POOL = 1024 * 1024  # bytes of credit beyond BASE of all streams together
-KEPT = 1536 * 1024  # bytes sent and not acknowledged
-ACK_EVERY = 128 * 1024  # bytes received until they are acknowledged
+KEPT = 1536 * 1024  # bytes sent and not acknowledged, until no more DATA is sent
+LONGEST_KEPT = 2 * KEPT  # with the frames that must be sent all the same
+ACK_EVERY = 384 * 1024  # bytes received until they are acknowledged
+ACK_ALONG = 96 * 1024  # likewise, when other frames are sent anyway
 UNSENT = 128 * 1024  # bytes that wait in a session, until no more frames are given to it
 IDLE = 2.0  # seconds after which unused credit is given back
 OVERHEAD = 100  # bytes that a frame costs beyond its own
@@ -63,6 +65,7 @@ class Stream:
         "credit",
         "granted",
         "grown",
+        "moved",
         "number",
         "on_closed",
         "on_data",
@@ -70,6 +73,7 @@ class Stream:
         "owed",
         "queue",
         "queued",
+        "stalled",
         "streams",
         "used",
         "waiting",
@@ -86,7 +90,7 @@ class Stream:
         self.on_closed: Callable[[], object] = _nothing
         self.on_drained: Callable[[], object] = _nothing
         # as a sender
-        self.queue: deque[bytes] = deque()
+        self.queue: deque[bytes | memoryview] = deque()
         self.credit = BASE  # bytes that we may send
         self.grown = False  # it had more than BASE, which is to be given back
         self.used = False  # since the last `Streams.settle`
@@ -97,6 +101,9 @@ class Stream:
         self.granted = BASE  # bytes that the other end may send
         self.owed = 0  # bytes consumed and not granted again
         self.wanted = False  # the other end has used up its credit and has more to send
+        # either way, since the last `Streams.settle`
+        self.moved = False
+        self.stalled = False
 
     def write(self, data: bytes) -> None:
         """Send bytes, after those that wait already; without effect on a closed stream."""
@@ -107,6 +114,7 @@ class Stream:
 
     def consumed(self, count: int) -> None:
         """Take note that received bytes have left our memory, so that as many may follow."""
+        self.moved = True
         self.owed += count
         if 2 * self.owed >= self.window or self.granted == 0:
             self.streams.grant(self)
@@ -145,6 +153,7 @@ class Streams:
         received: Frames that have come.
         bytes_in: Payload that has come on all streams.
         bytes_out: Payload that was sent.
+        stalls: How often nobody took what there was on some stream, from one `settle` to the next.
     """
 
     def __init__(
@@ -153,7 +162,7 @@ class Streams:
         on_open: Callable[[Stream], object] = lambda stream: None,
         on_ready: Callable[[], object] = lambda: None,
     ) -> None:
-        self.bytes_in = self.bytes_out = 0
+        self.bytes_in = self.bytes_out = self.stalls = 0
         self._opener = opener
         self._on_open = on_open
         self._on_ready = on_ready
@@ -194,7 +203,7 @@ class Streams:
         """Return the next frame to send, or nothing."""
         if self._again:
             return self._again.popleft()
-        if self._unacknowledged >= ACK_EVERY:
+        if self._unacknowledged >= (ACK_ALONG if self._control else ACK_EVERY):
             self._unacknowledged = 0
             return pack(ACK, 0, _COUNT.pack(self.received))
         if self._control:
@@ -204,6 +213,17 @@ class Streams:
                 if turns:
                     return self._data(turns.popleft())
         return b""
+
+    def pull_some(self, size: int) -> bytes:
+        """Return the next frames, until they have some size; they go into few TLS records."""
+        frames = []
+        while size > 0:
+            frame = self.pull()
+            if not frame:
+                break
+            frames.append(frame)
+            size -= len(frame)
+        return frames[0] if len(frames) == 1 else b"".join(frames)
 
     def resume(self, received: int) -> None:
         """Go on over a new connection.
@@ -231,6 +251,11 @@ class Streams:
         """Give back the credit of streams that sent nothing since the last call; return whether to call again."""
         again = False
         for stream in self._streams.values():
+            stuck = not stream.granted or bool(stream.queue and not stream.credit)
+            was_stalled, stream.stalled = stream.stalled, stuck and not stream.moved
+            self.stalls += stream.stalled and not was_stalled
+            stream.moved = False
+            again = again or stuck
             if stream.grown and not stream.queue:
                 if stream.used:
                     stream.used = False
@@ -249,7 +274,7 @@ class Streams:
         if stream.queue and stream.credit and not stream.waiting:
             stream.waiting = True
             self._turns[stream.channel not in URGENT].append(stream)
-        self._on_ready()
+            self._on_ready()
 
     def grant(self, stream: Stream) -> None:
         """Give credit for what was consumed, and more to a stream that wants it."""
@@ -290,6 +315,8 @@ class Streams:
             raise WireError(f"stream {number} was never opened")
         elif number in self._streams:  # else closed by us, which the other end did not know yet
             self._take(kind, self._streams[number], payload)
+        if self._kept_bytes + OVERHEAD * len(self._control) > LONGEST_KEPT:
+            raise WireError("the other end does not acknowledge what it gets")
         if self._unacknowledged >= ACK_EVERY:
             self._on_ready()
 
@@ -306,6 +333,7 @@ class Streams:
             if len(payload) > stream.granted:
                 raise WireError(f"stream {stream.number} sends more than it has credit for")
             stream.granted -= len(payload)
+            stream.moved = True
             self.bytes_in += len(payload)
             stream.on_data(payload)
         elif kind == CLOSE:
@@ -342,10 +370,11 @@ class Streams:
         data = stream.queue.popleft()
         size = min(len(data), stream.credit, CHUNK)
         if size < len(data):
+            data = memoryview(data)  # what is cut is not copied
             stream.queue.appendleft(data[size:])
             data = data[:size]
         stream.credit -= size
-        stream.used = True
+        stream.used = stream.moved = True
         stream.queued -= size
         stream.waiting = False
         self.bytes_out += size

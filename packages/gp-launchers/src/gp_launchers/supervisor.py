@@ -35,7 +35,7 @@ FIRST_ACCEPTANCE = 120.0  # seconds until some server must have taken us
 LINGER = 60.0  # seconds that a kernel's exit waits for a restart, unless the server says otherwise
 PING = 30.0
 GRACE = 5.0  # seconds between SIGTERM and SIGKILL
-STEADY = 30.0  # a session that lived this long resets the backoff
+STEADY = 5.0  # a session that lived this long resets the backoff: on a line that often breaks, channels stand still
 GOODBYE = 1.0  # seconds for the last words to get through
 NO_SERVER, REFUSED, NO_TLS = 75, 77, 78  # exit codes
 

@@ -27,7 +27,7 @@ class WireError(Exception):
     """The other end sent something that is not protocol 2."""
 
 
-def pack(kind: int, stream: int, payload: bytes) -> bytes:
+def pack(kind: int, stream: int, payload: bytes | memoryview) -> bytes:
     """Return one frame as bytes."""
     return HEADER.pack(kind, stream, len(payload)) + payload
 
@@ -76,23 +76,42 @@ class Decoder:
         self.limit = limit
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[tuple[int, int, bytes]]:
+    def feed(self, data: bytes | memoryview) -> list[tuple[int, int, bytes]]:
         """Take bytes and return the list of complete frames as ``(type, stream, payload)``.
 
         Raises:
             WireError: A frame is larger than the limit; the stream cannot be read any further.
         """
-        self._buffer += data
-        frames = []
-        start = 0
-        while len(self._buffer) - start >= HEADER.size:
-            kind, stream, length = HEADER.unpack_from(self._buffer, start)
-            if length > self.limit:
-                raise WireError(f"a frame of {length} bytes; at most {self.limit} are allowed")
-            end = start + HEADER.size + length
-            if len(self._buffer) < end:
-                break
-            frames.append((kind, stream, bytes(self._buffer[start + HEADER.size : end])))
-            start = end
-        del self._buffer[:start]
+        frames: list[tuple[int, int, bytes]] = []
+        view, start = memoryview(data), 0
+        if self._buffer:  # the unfinished frame gets what it lacks and no more, so that the others are copied once
+            for _ in ("header", "payload"):
+                lacks = self._size(self._buffer, 0) - len(self._buffer)
+                self._buffer += view[start : start + lacks]
+                start += lacks
+            if not self._cut(memoryview(self._buffer), 0, frames):
+                return frames
+            self._buffer = bytearray()
+        while size := self._cut(view, start, frames):
+            start += size
+        if start < len(view):
+            self._buffer += view[start:]
         return frames
+
+    def _cut(self, data: memoryview, start: int, frames: list[tuple[int, int, bytes]]) -> int:
+        """Add the frame that begins there and return its size; 0 if it is unfinished."""
+        end = start + self._size(data, start)
+        if len(data) < end:
+            return 0
+        kind, stream, _ = HEADER.unpack_from(data, start)
+        frames.append((kind, stream, bytes(data[start + HEADER.size : end])))
+        return end - start
+
+    def _size(self, data: bytearray | memoryview, start: int) -> int:
+        """Return the size of the frame that begins there: of its header, as long as that is unfinished."""
+        if len(data) - start < HEADER.size:
+            return HEADER.size
+        length: int = HEADER.unpack_from(data, start)[2]
+        if length > self.limit:
+            raise WireError(f"a frame of {length} bytes; at most {self.limit} are allowed")
+        return HEADER.size + length

@@ -122,6 +122,7 @@ class Kernel:
             "record": record is not None,
             "created": record.created if record else None,
             "age_seconds": round(self.age, 1) if self.age is not None else None,
+            "channels": {"mode": record.channels, "traffic": record.traffic} if record else None,
             "orphan_timeout": record.orphan_timeout if record else None,
             "lease_left": asdict(self.lease_left) if self.lease_left else None,
         }

@@ -46,8 +46,8 @@ P = ParamSpec("P")
 
 SETTINGS = frozenset(
     {
-        "backend_class", "backend_options", "break_platform", "data_dir", "end_timeout", "python", "settle",
-        "start_timeout", "test_timeout", "unknown_job", "waivers",
+        "backend_class", "backend_options", "break_platform", "channels", "data_dir", "end_timeout", "python",
+        "settle", "start_timeout", "test_timeout", "unknown_job", "waivers",
     }
 )  # fmt: skip
 """What a subclass fills in; everything else of the contract is not its business."""
@@ -98,6 +98,7 @@ class BackendContract:
         None  #: values that turn a handle into that of a job that never was
     )
     python: ClassVar[str] = sys.executable  #: a Python >= 3.8 of the far side, to run the tiny kernel
+    channels: ClassVar[str] = "relay"  #: or "direct": how the tests reach kernels
     start_timeout: ClassVar[float] = 60.0  #: seconds for a kernel to listen
     end_timeout: ClassVar[float] = 30.0  #: seconds for a job to be gone
     settle: ClassVar[float] = 1.0  #: seconds in which what should not happen would have happened
@@ -137,9 +138,14 @@ class BackendContract:
         """An installation with this backend and nothing else."""
 
         async def made() -> Installation:
-            options = dict(backend_options)
-            timeout = self.start_timeout
-            made = Installation(data_dir, self.backend_class, options, python=self.python, start_timeout=timeout)
+            made = Installation(
+                data_dir,
+                self.backend_class,
+                backend_options,
+                python=self.python,
+                start_timeout=self.start_timeout,
+                channels=self.channels,
+            )
             return await made.__aenter__()
 
         installation = runtime().submit(made()).result(60)
@@ -186,13 +192,14 @@ class BackendContract:
 
     @on_runtime
     async def test_kernel_gets_its_environment_and_can_be_reached(self, gp: Installation) -> None:
-        """The kernel is the one that was asked for, its variables arrive, and the host that the backend tells is one
-        that clients reach it at."""
-        started = await gp.start(gp.request(env={"GP_CONTRACT": 'it\'s $$HOME, "é"\n=;\\'}))
-        seen = await started.ask()
-        assert seen["env"].get("KERNEL_ID") == started.kernel_id
-        assert seen["env"].get("KERNEL_USERNAME") == "tester"
-        assert seen["env"].get("GP_CONTRACT") == 'it\'s $HOME, "é"\n=;\\'
+        """The kernel is the one that was asked for, its variables arrive, and clients reach it both through its
+        launcher and directly, at the host that the backend tells."""
+        for gp.channels in ("relay", "direct"):
+            started = await gp.start(gp.request(env={"GP_CONTRACT": 'it\'s $$HOME, "é"\n=;\\'}))
+            seen = await started.ask()
+            assert seen["env"].get("KERNEL_ID") == started.kernel_id
+            assert seen["env"].get("KERNEL_USERNAME") == "tester"
+            assert seen["env"].get("GP_CONTRACT") == 'it\'s $HOME, "é"\n=;\\'
 
     @on_runtime
     async def test_kernel_gets_its_working_directory(self, gp: Installation) -> None:

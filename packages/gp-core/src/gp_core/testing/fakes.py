@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from traitlets import Unicode
 
 from gp_launchers import __version__ as launcher_version
+from gp_launchers.streams import Stream, Streams
 from gp_launchers.wire import MESSAGE, VERSION, Decoder, pack_message, unpack_message
 
 from ..backend import Backend, Finding, Handle, LaunchRequest, State, Status
@@ -98,6 +99,10 @@ class FakeLauncher:
         self.output: list[str] = []  #: lines of job and kernel
         self.cmdlines: list[str] = []  #: what the kernel is told that ``ps`` shows
         self._servers: list[asyncio.Server] = []
+        self._streams = Streams(False, self._opened, self._pump_soon)
+        self._identity: str | None = None  # the server's name for its end of the streams
+        self._listens = asyncio.Event()
+        self._carried: set[asyncio.Task[None]] = set()
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._decoder = Decoder()
@@ -162,9 +167,11 @@ class FakeLauncher:
                 return None
             if not data:
                 return None
-            self._waiting += [
-                unpack_message(payload) for kind, _, payload in self._decoder.feed(data) if kind == MESSAGE
-            ]
+            for kind, stream, payload in self._decoder.feed(data):
+                if kind == MESSAGE:
+                    self._waiting.append(unpack_message(payload))
+                else:
+                    self.relayed(kind, stream, payload)
         return self._waiting.pop(0)
 
     async def hello(self, **lies: Any) -> Message | None:
@@ -179,16 +186,65 @@ class FakeLauncher:
             "python": "3.8.0",
             "host": "fake",
             "pid": 1,
-            "capabilities": ["restart", "signal"],
+            "capabilities": ["relay", "restart", "signal"],
+            "relay": {"id": self._identity, "received": self._streams.received},
             "run": self.run_number,
         }
         await self.send({**message, **lies})
-        return await self.receive()
+        answer = await self.receive()
+        if answer and answer["type"] == "accepted" and answer["relay"]:
+            self.agreed(answer["relay"])
+        return answer
 
     async def listening(self, **lies: Any) -> None:
         """Say that the kernel listens."""
         message = {"type": "listening", "run": self.run_number, "pid": 2, "ports": self.ports}
         await self.send({**message, **lies})
+
+    # -- channels
+
+    def agreed(self, relay: Message) -> None:
+        """Go on with the streams, or begin anew, as the server says."""
+        if relay["id"] == self._identity:
+            self._streams.resume(relay["received"])
+        else:
+            self._streams.reset()
+            self._identity = relay["id"]
+
+    def relayed(self, kind: int, stream: int, payload: bytes) -> None:
+        """Take a frame of the channels."""
+        self._streams.receive(kind, stream, payload)
+
+    def _opened(self, stream: Stream) -> None:
+        early = bytearray()  # what comes before the kernel is connected
+        stream.on_data = early.extend
+        task = asyncio.ensure_future(self._carry(stream, early))
+        self._carried.add(task)
+        task.add_done_callback(self._carried.discard)
+
+    async def _carry(self, stream: Stream, early: bytearray) -> None:
+        await self._listens.wait()
+        reader, writer = await asyncio.open_connection(
+            self.connection.get("ip", "127.0.0.1"), self.ports[f"{stream.channel}_port"]
+        )
+
+        def passed_on(data: bytes) -> None:
+            writer.write(data)
+            stream.consumed(len(data))
+
+        passed_on(bytes(early))
+        stream.on_data, stream.on_closed = passed_on, writer.close
+        while data := await reader.read(65536):
+            stream.write(data)
+        stream.close()
+        writer.close()
+
+    def _pump_soon(self) -> None:
+        asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        while self._writer is not None and (frame := self._streams.pull()):
+            self._writer.write(frame)
 
     async def exited(self, code: int, **lies: Any) -> None:
         """Say that the kernel has ended."""
@@ -282,6 +338,7 @@ class FakeLauncher:
                 server = await asyncio.start_server(self._answer, host, self.connection.get(name) or 0)
                 self._servers.append(server)
                 self.ports[name] = server.sockets[0].getsockname()[1]
+            self._listens.set()
         return None
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -294,6 +351,9 @@ class FakeLauncher:
         for server in self._servers:
             server.close()
         self._servers.clear()
+        self._listens.clear()
+        for task in self._carried:
+            task.cancel()
 
 
 @dataclass

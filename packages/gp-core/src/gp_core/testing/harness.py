@@ -18,10 +18,11 @@ from traitlets.config import Config
 
 from ..backend import Backend, Handle, LaunchRequest, State, Status
 from ..identity import Identity
-from ..kernel import Plan, RemoteKernel
+from ..kernel import RemoteKernel
 from ..planning import launcher_options
 from ..ports import PortRange
 from ..server import KernelServer
+from ..starting import Plan
 from ..store import Owner, Record
 from . import tiny_kernel
 
@@ -148,6 +149,7 @@ class Installation:
         options: Of the backend, as in the ``config`` of a kernel.json.
         python: A Python >= 3.8 of the far side that runs the kernels.
         start_timeout: Seconds until a kernel must listen.
+        channels: "relay" or "direct": how the tests reach kernels.
     """
 
     def __init__(
@@ -158,12 +160,14 @@ class Installation:
         *,
         python: str,
         start_timeout: float = 60.0,
+        channels: str = "relay",
     ) -> None:
         self.folder = folder
         self.backend_class = backend_class
         self.options = dict(options)
         self.python = python
         self.start_timeout = start_timeout
+        self.channels = channels
         self.requests: dict[str, LaunchRequest] = {}  #: what backends got, by kernel id
         self.server = KernelServer(Config({"KernelServer": {"response_port": 0}}), store=MemoryStore())
         self._kernels: list[RemoteKernel] = []
@@ -249,6 +253,7 @@ class Installation:
             env={"KERNEL_ID": kernel_id, "KERNEL_USERNAME": "tester", **(env or {})},
             cwd=cwd,
             launcher_file=self.server.launcher_file,
+            listener=self.server.listener,
             launcher_options=[
                 *launcher_options(self.server, kernel_id, PortRange(), 60.0, local=self.backend_class.runs_here),
                 *more_options,
@@ -271,15 +276,17 @@ class Installation:
 
     def plan(self, request: LaunchRequest) -> Plan:
         """Return how to start a kernel."""
+        relayed = self.channels == "relay"
         connection = {
             "transport": "tcp",
-            "ip": self.backend_class.bind_address,
+            "ip": "127.0.0.1" if relayed else self.backend_class.bind_address,
             "key": os.urandom(32).hex(),
             "signature_scheme": "hmac-sha256",
             "kernel_name": "tiny",
             **dict.fromkeys(tiny_kernel.PORTS, 0),
         }
-        return Plan(request=request, connection=connection, timeout=self.start_timeout)
+        far = dict(connection) if relayed else None
+        return Plan(request=request, connection=connection, far=far, timeout=self.start_timeout)
 
     async def start(self, request: LaunchRequest | None = None, *, orphan_timeout: float = 60.0) -> Started:
         """Start a kernel and return when it listens.

@@ -1,0 +1,253 @@
+"""Kernels on hosts: choose one, start the launcher there, and look after it while nobody else tells."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal as signals
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from traitlets import CaselessStrEnum, Dict, List, Unicode, Union
+
+from gp_core import (
+    Backend,
+    BackendError,
+    ConfigError,
+    Finding,
+    Handle,
+    Host,
+    LaunchFailed,
+    LaunchRequest,
+    Reason,
+    RemoteProvisioner,
+    State,
+    Status,
+    from_env,
+    hookimpl,
+)
+from gp_core.balancing import Ledger, select
+from gp_core.plugins import plugins
+from gp_core.store import file_name
+from gp_launchers.options import addresses
+
+from .connection import ConnectionFailed, Pool
+from .host import Launcher, RemoteHost
+from .hosts import Entry, entries
+
+ENDED = Reason("LauncherEnded", "Read the kernel's log (jupyter gp logs); a host that was rebooted loses its kernels.")
+NO_HOST = Reason("NoHost", "Every host of this kernelspec failed; what each of them said is above.")
+
+
+class SshProvisioner(RemoteProvisioner):
+    """Selected by ``"provisioner_name": "distributed-provisioner"``."""
+
+    backend_name = "ssh"
+
+
+@dataclass
+class Known:
+    """What all objects of the backend in one process share: connections, and what is known of hosts."""
+
+    pool: Pool = field(default_factory=Pool)
+    ledger: Ledger = field(default_factory=Ledger)
+    hosts: dict[tuple[Entry, str, str], RemoteHost] = field(default_factory=dict)
+
+
+@functools.lru_cache(maxsize=1)
+def _known(pid: int) -> Known:
+    return Known()
+
+
+def known() -> Known:
+    """Return what this process knows; a forked child begins anew, for it has none of the threads."""
+    return _known(os.getpid())
+
+
+class SshBackend(Backend):
+    """Kernels on a set of hosts."""
+
+    name = "ssh"
+    poll_interval = (0.5, 10.0)
+
+    remote_hosts = from_env(
+        List(
+            Union([Unicode(), Dict()]),
+            help="Where kernels may run: host, user@host:port, or {host, weight, labels}.",
+        ),
+        "GP_REMOTE_HOSTS",
+    )
+    host_selector = Dict(help="Labels that a host must have to be chosen, such as {'gpu': 'a100'}.").tag(config=True)
+    load_balancing_algorithm = from_env(
+        Unicode("round-robin", help="Which host is next: round-robin, least-connection, random, weighted, sticky."),
+        "GP_LOAD_BALANCING_ALGORITHM",
+    )
+    remote_python = from_env(
+        Unicode(help="Python of the hosts, 3.8 or newer, to run launchers. Default: what is found there."),
+        "GP_REMOTE_PYTHON",
+    )
+    callback = from_env(
+        CaselessStrEnum(
+            ["auto", "dial", "ssh"],
+            "auto",
+            help="How launchers call back: by dialling the server, through ssh, or as a first visit to the host finds.",
+        ),
+        "GP_SSH_CALLBACK",
+    )
+    ssh_config = from_env(Unicode(help="Configuration of ssh. Default: the user's own."), "GP_SSH_CONFIG")
+
+    async def launch(self, request: LaunchRequest) -> Handle:
+        if not request.wrapped:
+            raise ConfigError(
+                f"kernel {request.kernel_id}: its kernelspec starts a launcher of its own, which knows nothing of ssh "
+                "connections: bring it along by jupyter gp install --from"
+            )
+        file_name(request.kernel_id)  # over there, too
+        failures: list[str] = []
+        able = entries(self.remote_hosts, self.host_selector)
+        while able:
+            entry = self._chosen(able, request)
+            try:
+                handle = await self._start(entry, request)
+            except BackendError as error:
+                known().ledger.ended(request.kernel_id)
+                known().ledger.failed(entry.text, time.monotonic())
+                failures.append(str(error))
+                if len(self.remote_hosts) == 1 and isinstance(error, ConnectionFailed):
+                    raise error.as_failure(request.kernel_id) from None
+                self.log.warning("kernel %s: %s", request.kernel_id, str(error).splitlines()[0])
+                del able[entry.text]
+            else:
+                known().ledger.ok(entry.text)
+                return handle
+        text = f"kernel {request.kernel_id} found no host to run on"
+        raise LaunchFailed(text, reason=NO_HOST, log="\n".join(failures))
+
+    def _chosen(self, able: Mapping[str, Entry], request: LaunchRequest) -> Entry:
+        hosts = [Host(entry.text, entry.weight) for entry in able.values()]
+        now, ask = time.monotonic(), plugins().select_host
+        return able[select(self.load_balancing_algorithm, hosts, request, known().ledger, now=now, ask=ask)]
+
+    async def _start(self, entry: Entry, request: LaunchRequest) -> Handle:
+        host, launcher = await self._host(entry), await Launcher.read(request.launcher_file)
+        handle: Handle = {"kernel_id": request.kernel_id, "host": entry.text}
+        first = ""
+        try:
+            if await self._calls_through_ssh(host, request):
+                handle["forward"] = await host.forward(request.listener, request.kernel_id)
+                first = f"127.0.0.1:{handle['forward']}"
+            asked = {
+                "installation": self.installation,
+                "kernel_id": request.kernel_id,
+                "arguments": [*request.launcher_arguments(dial_first=first), "--", *request.argv],
+                "secrets": request.secrets["GP_LAUNCH_SECRETS"],
+            }
+            return {**handle, "note": await host.start(launcher, asked)}
+        except BaseException:
+            host.release(request.kernel_id)
+            raise
+
+    async def _calls_through_ssh(self, host: RemoteHost, request: LaunchRequest) -> bool:
+        if self.callback != "auto":
+            return bool(self.callback == "ssh")
+        return not await host.reaches(addresses(request.response_address))
+
+    async def adopt(self, handle: Handle, listener: tuple[str, int]) -> None:
+        if "forward" in handle:  # the port that its launcher knows
+            await (await self._host_of(handle)).forward(listener, handle["kernel_id"], handle["forward"])
+
+    async def status(self, handle: Handle) -> Status:
+        host = await self._host_of(handle)
+        if await host.runs(handle["note"]):
+            return Status(state=State.RUNNING, host=host.line.target.hostname)
+        self._forget(host, handle)
+        return Status(state=State.GONE, reason=ENDED, detail=f"its launcher does not run on {handle['host']} any more")
+
+    async def signal(self, handle: Handle, signum: int) -> bool:
+        if signum == signals.SIGKILL:
+            return False  # it would end the launcher only; terminate does both
+        await self._kill(handle, signum)
+        return True
+
+    async def terminate(self, handle: Handle, *, force: bool) -> None:
+        self._forget(await self._host_of(handle), handle)  # first: the host may not answer any more
+        await self._kill(handle, signals.SIGKILL if force else signals.SIGTERM)
+
+    @staticmethod
+    def _forget(host: RemoteHost, handle: Handle) -> None:
+        known().ledger.ended(handle["kernel_id"])
+        host.release(handle["kernel_id"])
+
+    async def _kill(self, handle: Handle, signum: int) -> None:
+        await (await self._host_of(handle)).ask("kill", {"note": handle["note"], "signal": int(signum)})
+
+    async def logs(self, handle: Handle, *, tail: int = 50) -> str:
+        asked = {"installation": self.installation, "kernel_id": file_name(handle["kernel_id"]), "tail": tail}
+        if "host" in handle:
+            return str((await (await self._host_of(handle)).ask("logs", asked))["text"])
+        said = await self._ask_all("logs", asked)
+        return "".join(answer["text"] for answer in said.values())
+
+    async def discover(self, kernel_id: str | None = None) -> list[Handle]:
+        said = await self._ask_all("discover", {"installation": self.installation})
+        return [
+            {"kernel_id": note["kernel_id"], "host": name, "note": note}
+            for name, answer in said.items()
+            for note in answer["notes"]
+            if kernel_id in (None, note["kernel_id"])
+        ]
+
+    async def check(self) -> list[Finding]:
+        try:
+            every = entries(self.remote_hosts, {})
+        except ConfigError as error:
+            return [Finding(ok=False, subject="ssh", text=str(error), advice="set GP_REMOTE_HOSTS")]
+        return list(await asyncio.gather(*(self._checked_host(entry) for entry in every.values())))
+
+    async def _checked_host(self, entry: Entry) -> Finding:
+        begun, subject = time.monotonic(), f"ssh host {entry.text}"
+        try:
+            facts = await (await self._host(entry)).look()
+        except ConnectionFailed as error:
+            return Finding(ok=False, subject=subject, text=error.text, advice=error.reason.advice)
+        except (BackendError, ConfigError) as error:
+            return Finding(ok=False, subject=subject, text=str(error), advice="read what the host said")
+        skew, took = facts.clock - time.time(), time.monotonic() - begun
+        version = ".".join(map(str, facts.version))
+        text = f"Python {version} at {facts.python}, {facts.free // 2**20} MiB free, clock {skew:+.1f} s, {took:.2f} s"
+        return Finding(ok=True, subject=subject, text=text)
+
+    # -- hosts
+
+    async def _host(self, entry: Entry) -> RemoteHost:
+        key = (entry, self.ssh_config, self.remote_python)
+        if key not in known().hosts:
+            line = await known().pool.line(entry, self.ssh_config)
+            known().hosts.setdefault(key, RemoteHost(line, self.remote_python))
+        return known().hosts[key]
+
+    async def _host_of(self, handle: Handle) -> RemoteHost:
+        named = {one.text: one for one in map(Entry.read, self.remote_hosts)}
+        return await self._host(named.get(handle["host"]) or Entry.read(handle["host"]))
+
+    async def _ask_all(self, question: str, asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+        """Ask every host; those that do not answer are left out, but if none does that is an error."""
+        every = list({one.text: one for one in map(Entry.read, self.remote_hosts)}.values())
+
+        async def of(entry: Entry) -> dict[str, Any]:
+            return await (await self._host(entry)).ask(question, asked)
+
+        said: Sequence[Any] = await asyncio.gather(*map(of, every), return_exceptions=True)
+        good = {one.text: answer for one, answer in zip(every, said, strict=True) if isinstance(answer, dict)}
+        if every and not good:
+            raise BackendError("; ".join(str(answer).splitlines()[0] for answer in said))
+        return good
+
+
+@hookimpl
+def gp_backends() -> Iterable[type[Backend]]:
+    """Offer kernels over ssh."""
+    return [SshBackend]

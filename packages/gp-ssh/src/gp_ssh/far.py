@@ -1,0 +1,206 @@
+"""Answers questions about a host: runs over there for the time of one question, and leaves nothing but its folder.
+
+`gp_ssh.host` sends this text to a Python >= 3.8 of the host; it needs the standard library only. What it keeps is in
+``~/.cache/gp``: the launcher, and for each kernel its log and a note of its process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Callable, Dict
+
+    Request = Dict[str, Any]
+
+KEPT_LOGS = 100
+
+
+def folder(*names: str) -> str:
+    path = os.path.join(os.path.expanduser("~"), ".cache", "gp", *names)
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    os.chmod(path, 0o700)
+    return path
+
+
+def boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def started(pid: int) -> int | None:
+    """When a process was started, in ticks since the boot; None: there is none, or only what is left of it."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_there(note: Request) -> bool:
+    return bool(note["boot"] == boot_id() and started(note["pid"]) == note["started"])
+
+
+def note_path(installation: str, kernel_id: str) -> str:
+    return os.path.join(folder("kernels", installation), kernel_id + ".json")
+
+
+def log_path(installation: str, kernel_id: str) -> str:
+    return os.path.join(folder("logs", installation), kernel_id + ".log")
+
+
+# -- questions
+
+
+def look(request: Request, more: bytes) -> Request:
+    """What a first visit wants to know."""
+    folder()  # an error now, if there can be none
+    stat = os.statvfs(os.path.expanduser("~"))
+    return {
+        "python": sys.executable,
+        "version": list(sys.version_info[:3]),
+        "home": os.path.expanduser("~"),
+        "clock": time.time(),
+        "free": stat.f_bavail * stat.f_frsize,
+    }
+
+
+def reach(request: Request, more: bytes) -> Request:
+    """Say whether a launcher here could dial one of the server's addresses."""
+    for host, port in request["addresses"]:
+        try:
+            socket.create_connection((host, port), 1.0).close()
+            return {"reached": True}
+        except OSError:
+            pass
+    return {"reached": False}
+
+
+def start(request: Request, more: bytes) -> Request:
+    """Start a launcher that outlives this script; ``more`` is the launcher's file if the server knows of none here."""
+    path = os.path.join(folder("launchers"), request["launcher"])
+    if more:
+        put(path, more, request["sha256"])
+    elif not os.path.exists(path):
+        return {"missing": "launcher"}
+    log = log_path(request["installation"], request["kernel_id"])
+    sweep(os.path.dirname(log))
+    secrets, given = os.pipe()
+    with open(log, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as output:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", path, "--secrets-file=-"] + request["arguments"],
+            stdin=secrets,
+            stdout=output,
+            stderr=output,
+            cwd=os.path.expanduser("~"),
+            start_new_session=True,
+        )
+    os.close(secrets)
+    note = {"kernel_id": request["kernel_id"], "pid": process.pid, "boot": boot_id(), "started": started(process.pid)}
+    put(note_path(request["installation"], request["kernel_id"]), json.dumps(note).encode())
+    with os.fdopen(given, "wb") as pipe:  # last: a launcher without a note ends for want of secrets
+        pipe.write(request["secrets"].encode())
+    return {"note": note}
+
+
+def put(path: str, data: bytes, sha256: str = "") -> None:
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError("the launcher arrived damaged")
+    new = f"{path}.{os.urandom(4).hex()}"  # hosts may share the home, and have equal process numbers
+    with open(new, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(data)
+    os.replace(new, path)
+
+
+def sweep(logs: str) -> None:
+    """Keep the newest logs, to be read after a failure."""
+    names = os.listdir(logs)
+    if len(names) > 2 * KEPT_LOGS:
+        paths = sorted((os.path.join(logs, name) for name in names), key=changed)
+        for path in paths[:-KEPT_LOGS]:
+            remove(path)
+
+
+def changed(path: str) -> float:
+    try:
+        return os.path.getmtime(path)
+    except OSError:
+        return 0.0  # removed meanwhile by another start
+
+
+def remove(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+
+
+def status(request: Request, more: bytes) -> Request:
+    """Say of many kernels whether their launchers run."""
+    return {"running": [is_there(note) for note in request["notes"]]}
+
+
+def kill(request: Request, more: bytes) -> Request:
+    """Send a signal to a launcher, which hands it on to its kernel."""
+    if is_there(request["note"]):
+        os.kill(request["note"]["pid"], request["signal"])
+    return {}
+
+
+def logs(request: Request, more: bytes) -> Request:
+    """Return the end of a kernel's log."""
+    try:
+        with open(log_path(request["installation"], request["kernel_id"]), "rb") as file:
+            file.seek(max(0, os.path.getsize(file.name) - 1024 * 1024))
+            lines = file.read().decode("utf-8", "replace").splitlines(True)
+    except OSError:
+        lines = []
+    return {"text": "".join(lines[-request["tail"] :])}
+
+
+def discover(request: Request, more: bytes) -> Request:
+    """Find the kernels of an installation that run here; notes of others that have ended are removed."""
+    found = []
+    for name in sorted(os.listdir(folder("kernels", request["installation"]))):
+        path = note_path(request["installation"], name[: -len(".json")])
+        try:
+            with open(path) as file:
+                note = json.load(file)
+        except (OSError, ValueError):
+            continue
+        if is_there(note):
+            found.append(note)
+        elif note["boot"] == boot_id():  # else it may be another host's that has the same home
+            remove(path)
+    return {"notes": found}
+
+
+QUESTIONS: dict[str, Callable[[Request, bytes], Request]] = {
+    "look": look,
+    "reach": reach,
+    "start": start,
+    "status": status,
+    "kill": kill,
+    "logs": logs,
+    "discover": discover,
+}
+
+
+def main(request: Request, more: bytes) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a lost connection must not leave a half-made file
+    os.umask(0o077)
+    try:
+        answer = QUESTIONS[request["ask"]](request, more)
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    sys.stdout.write(f"\n{request['mark']} {json.dumps(answer)}\n")
+    sys.stdout.flush()

@@ -1,0 +1,252 @@
+"""What is asked of one host: `far` runs there and answers."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import json
+import logging
+import secrets
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gp_core import BackendError, Reason, blocking
+from gp_core.runtime import runtime
+
+from . import far
+from .connection import ConnectionFailed, Line, Shared
+from .forward import Forward
+
+log = logging.getLogger(__name__)
+
+SCRIPT = inspect.getsource(far).encode()
+LOADER = (
+    "import json,sys;i=sys.stdin.buffer;a,b,c=map(int,i.readline().split());"
+    'exec(compile(i.read(a),"far","exec"));r=json.loads(i.read(b));main(r,i.read(c))'
+)
+CANDIDATES = (
+    "python3", *(f"python3.{minor}" for minor in range(14, 7, -1)), "python", "/usr/libexec/platform-python",
+    "~/miniforge3/bin/python", "~/miniconda3/bin/python", "~/anaconda3/bin/python", "/opt/conda/bin/python",
+)  # fmt: skip
+LOOK = 5.0  # seconds between two looks at a connection that launchers call through
+SHORTEST, LONGEST = 1.0, 15.0  # seconds until the next attempt to mend it
+TOGETHER = 0.02  # seconds in which questions for the state of kernels are gathered into one
+NO_PYTHON = Reason("NoPython", "Install Python 3.8 or newer on the host, or say where it is by remote_python.")
+FAR_FAILED = Reason("HostFailed", "The host's own message is above; often its disk is full or the home is read-only.")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a first visit finds.
+
+    Args:
+        python: Path of the interpreter that runs launchers.
+        version: Its version.
+        home: The user's.
+        clock: Seconds since the epoch over there.
+        free: Bytes free in the home.
+    """
+
+    python: str
+    version: tuple[int, ...]
+    home: str
+    clock: float
+    free: int
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The launcher's file: what it is called over there, its hash and its bytes."""
+
+    name: str
+    sha256: str
+    data: bytes = field(repr=False)
+
+    @classmethod
+    async def read(cls, path: Path) -> Launcher:
+        """Read a file of this machine."""
+        data = await blocking(path.read_bytes)
+        digest = hashlib.sha256(data).hexdigest()
+        return cls(f"gp-launcher-{digest[:16]}.pyz", digest, data)
+
+
+class RemoteHost:
+    """A host with a user to log in as.
+
+    Args:
+        line: The way there.
+        python: Interpreter to use; empty: the first of `CANDIDATES` that is there.
+    """
+
+    def __init__(self, line: Line, python: str = "") -> None:
+        self.line = line
+        self.facts: Facts | None = None
+        self._python = python
+        self._reached: dict[tuple[tuple[str, int], ...], bool] = {}
+        self.look = Shared(self._look)  #: goes there in any case
+        self._gathered: list[tuple[Mapping[str, Any], asyncio.Future[bool]]] = []
+        # by listener, and the port that was asked for: a server may have taken kernels over from several others
+        self._forwards: dict[tuple[tuple[str, int], int], Forward] = {}
+
+    @property
+    def name(self) -> str:
+        return self.line.target.name
+
+    # -- questions
+
+    async def visit(self) -> Facts:
+        """Find a Python there; the first visit only, as long as it stays what it is.
+
+        Raises:
+            ConnectionFailed: The host cannot be reached, or has no Python that can be used.
+        """
+        return self.facts or await self.look()
+
+    async def _look(self) -> Facts:
+        answer = await self._ask(_search([self._python] if self._python else CANDIDATES), "look", {})
+        if "pythons" in answer:
+            found = answer["pythons"].strip() or "none"
+            raise ConnectionFailed(f"{self.name} has no Python that can be used; found: {found}", NO_PYTHON)
+        self.facts = Facts(**{**answer, "version": tuple(answer["version"])})
+        return self.facts
+
+    async def reaches(self, addresses: Sequence[tuple[str, int]]) -> bool:
+        """Whether a launcher there could dial one of the server's addresses; asked once."""
+        key = tuple(addresses)
+        if key not in self._reached:
+            self._reached[key] = bool((await self.ask("reach", {"addresses": list(key)}))["reached"])
+        return self._reached[key]
+
+    async def ask(self, question: str, request: Mapping[str, Any], more: bytes = b"") -> dict[str, Any]:
+        """Ask a question of `far`.
+
+        Raises:
+            ConnectionFailed: The host cannot be reached.
+            BackendError: It answered with an error.
+        """
+        facts = await self.visit()
+        line = f"exec {shlex.quote(facts.python)} -I -S -c {shlex.quote(LOADER)}"
+        return await self._ask(line, question, request, more)
+
+    async def start(self, launcher: Launcher, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Start a launcher, and bring it there if the host does not have it; returns the note of its process.
+
+        Args:
+            launcher: What to start.
+            request: For `far.start`.
+        """
+        asked = {**request, "launcher": launcher.name, "sha256": launcher.sha256}
+        for more in (b"", launcher.data):
+            answer = await self.ask("start", asked, more)
+            if "note" in answer:
+                note: dict[str, Any] = answer["note"]
+                return note
+        raise BackendError(f"{self.name}: the launcher is not there though it was brought")
+
+    async def runs(self, note: Mapping[str, Any]) -> bool:
+        """Whether the launcher of a note runs; all that is asked at the same time is one question to the host."""
+        answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._gathered.append((note, answer))
+        if len(self._gathered) == 1:
+            runtime().spawn(self._ask_for_all(), name="look at a host")  # no caller's own: it may be cancelled
+        return await answer
+
+    async def _ask_for_all(self) -> None:
+        await asyncio.sleep(TOGETHER)
+        gathered, self._gathered = self._gathered, []
+        said: Sequence[bool | Exception]
+        try:
+            said = (await self.ask("status", {"notes": [dict(note) for note, _ in gathered]}))["running"]
+            if len(said) != len(gathered):
+                raise BackendError(f"{self.name} does not answer what it is asked")
+        except Exception as error:
+            said = [error] * len(gathered)
+        for (_, waiting), it in zip(gathered, said, strict=True):
+            if waiting.done():
+                continue
+            if isinstance(it, Exception):
+                waiting.set_exception(it)
+            else:
+                waiting.set_result(it)
+
+    # -- launchers that call back through ssh
+
+    async def forward(self, listener: tuple[str, int], kernel_id: str, port: int = 0) -> int:
+        """Let a kernel's launcher call through ssh, until `release`; the way is mended when the connection is lost.
+
+        Args:
+            listener: Of this machine.
+            kernel_id: The kernel's.
+            port: Of the host, if its launcher knows one already.
+
+        Returns:
+            The port of the host's loopback.
+
+        Raises:
+            BackendError: The host cannot be reached, or does not allow it.
+        """
+        key = (listener, port)
+        forward = self._forwards.get(key)
+        if forward is None:
+            forward = self._forwards[key] = Forward(listener, port)
+            runtime().spawn(self._hold(key, forward), name="forward of a host")
+        forward.callers.add(kernel_id)
+        await blocking(forward.attach, await self.line.connection())
+        return forward.port
+
+    def release(self, kernel_id: str) -> None:
+        """Forget a kernel that has ended."""
+        for forward in self._forwards.values():
+            forward.callers.discard(kernel_id)
+
+    async def _hold(self, key: tuple[tuple[str, int], int], forward: Forward) -> None:
+        pause = SHORTEST
+        while True:
+            await asyncio.sleep(pause)
+            if not forward.callers:
+                break
+            try:
+                await blocking(forward.attach, await self.line.checked())
+                pause = LOOK if pause <= LOOK else SHORTEST
+            except BackendError as error:
+                log.debug("the way back from %s: %s", self.name, error)
+                pause = min(2 * pause, LONGEST)
+        del self._forwards[key]
+        forward.close()
+
+    # -- parts
+
+    async def _ask(self, line: str, question: str, request: Mapping[str, Any], more: bytes = b"") -> dict[str, Any]:
+        mark = secrets.token_hex(8)
+        asked = json.dumps({**request, "ask": question, "mark": mark}).encode()
+        data = b"%d %d %d\n" % (len(SCRIPT), len(asked), len(more)) + SCRIPT + asked + more
+        done = await self.line.run(line.replace("@mark@", mark), data)
+        for text in done.output.decode("utf-8", "replace").splitlines():  # login shells print whatever they like
+            if text.startswith(mark):
+                answer: dict[str, Any] = json.loads(text[len(mark) :])
+                if "error" in answer:
+                    raise BackendError(f"{self.name}: {answer['error']} [{FAR_FAILED.code}]\n{FAR_FAILED.advice}")
+                return answer
+        self.facts = None  # its Python may have gone: look again
+        said = (done.errors or done.output).decode("utf-8", "replace").strip()
+        raise BackendError(f"{self.name} gave no answer (exit code {done.code}): {said[-500:]}")
+
+
+def _search(candidates: Sequence[str]) -> str:
+    """Return a line for the shell that continues in the first Python that is new enough, or tells what it has found."""
+    check = "import sys; print(sys.version.split()[0]); sys.exit(sys.version_info < (3, 8))"
+    names = " ".join(_shell(name) for name in candidates)
+    return (
+        f"l={shlex.quote(LOADER)}; c={shlex.quote(check)}; f=; for p in {names}; do "
+        'command -v "$p" >/dev/null 2>&1 || continue; v=$("$p" -I -S -c "$c" </dev/null 2>/dev/null) && '
+        'exec "$p" -I -S -c "$l"; f="$f $p ${v:-broken}"; done; '
+        'printf "\\n@mark@ {\\"pythons\\": \\"%s\\"}\\n" "$f"'
+    )
+
+
+def _shell(name: str) -> str:
+    return f'"$HOME"/{shlex.quote(name[2:])}' if name.startswith("~/") else shlex.quote(name)

@@ -1,0 +1,138 @@
+"""What is asked of a host, with this machine's shell and Python in the place of the host's."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gp_core import BackendError
+from gp_core.runtime import runtime
+from gp_ssh import host as host_module
+from gp_ssh.connection import COMMAND, Answer, ConnectionFailed
+from gp_ssh.host import Launcher, RemoteHost
+from gp_ssh.hosts import Target
+
+SLEEPER = b"import sys, time\nprint('got', len(sys.stdin.read()), sys.argv[2:], flush=True)\ntime.sleep(60)\n"
+ASKED = {"installation": "i1", "kernel_id": "k1", "arguments": ["a b", "$(id)"], "secrets": "s" * 100_000}
+
+
+class Here:
+    """A line that leads to this machine, with a home of its own, by a login shell that talks too much."""
+
+    def __init__(self, home: Path, shell: str = "/bin/sh") -> None:
+        self.target = Target("here", "localhost", 22, "me")
+        self.questions = 0
+        self._env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+        self._shell = shell
+
+    async def run(self, line: str, data: bytes = b"", *, timeout: float = 20.0) -> Answer:
+        self.questions += 1
+
+        def done() -> Answer:
+            argv = [self._shell, "-c", f"echo 'Welcome! {{}}'; {COMMAND}"]
+            ran = subprocess.run(
+                argv,
+                input=line.encode() + b"\n" + data,
+                env=self._env,
+                capture_output=True,
+                timeout=timeout,
+                check=False,
+            )
+            return Answer(ran.returncode, ran.stdout, ran.stderr)
+
+        return await asyncio.to_thread(done)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    made = tmp_path / 'it\'s a "home" $HOME'
+    made.mkdir()
+    return made
+
+
+@pytest.fixture
+def launcher() -> Launcher:
+    return Launcher("gp-launcher-1.pyz", hashlib.sha256(SLEEPER).hexdigest(), SLEEPER)
+
+
+def shells() -> list[str]:
+    return [path for name in ("sh", "bash", "dash", "zsh", "fish", "tcsh") if (path := shutil.which(name))]
+
+
+@pytest.mark.parametrize("shell", shells())
+def test_whatever_the_login_shell_is_the_first_visit_finds_a_python(home: Path, shell: str) -> None:
+    facts = runtime().submit(RemoteHost(Here(home, shell)).visit()).result(30)  # type: ignore[arg-type]
+    assert facts.version >= (3, 8)
+    assert facts.home == str(home)
+    assert facts.free > 0
+
+
+def test_a_launcher_is_started_looked_at_and_ended(home: Path, launcher: Launcher) -> None:
+    async def life() -> None:
+        line: Any = Here(home)
+        host = RemoteHost(line, sys.executable)
+        note = await host.start(launcher, ASKED)
+        asked = line.questions
+        assert await asyncio.gather(*(host.runs(note) for _ in range(50))) == [True] * 50
+        assert line.questions == asked + 1, "all at once"
+        found = await host.ask("discover", {"installation": "i1"})
+        assert found == {"notes": [note]}
+        assert await host.ask("discover", {"installation": "i2"}) == {"notes": []}
+        reused = {**note, "started": note["started"] - 1}
+        assert not await host.runs(reused), "another process has the number now"
+        await host.ask("kill", {"note": reused, "signal": int(signal.SIGKILL)})
+        assert await host.runs(note)
+        deadline = time.monotonic() + 10
+        while not (said := (await host.ask("logs", {**ASKED, "tail": 5}))["text"]):
+            assert time.monotonic() < deadline
+        assert said == "got 100000 ['a b', '$(id)']\n"
+        await host.ask("kill", {"note": note, "signal": int(signal.SIGKILL)})
+        while await host.runs(note):
+            assert time.monotonic() < deadline
+        assert await host.ask("discover", {"installation": "i1"}) == {"notes": []}
+        files = [path for path in home.rglob("*") if path.is_file()]
+        assert all(path.stat().st_mode & 0o077 == 0 for path in files)
+        assert not any("sss" in path.read_text(errors="replace") for path in files), "secrets are in no file"
+
+    runtime().submit(life()).result(60)
+
+
+def test_a_launcher_that_somebody_has_removed_is_brought_again(home: Path, launcher: Launcher) -> None:
+    async def twice() -> None:
+        host = RemoteHost(Here(home), sys.executable)  # type: ignore[arg-type]
+        for kernel_id in ("k1", "k2"):
+            note = await host.start(launcher, {**ASKED, "kernel_id": kernel_id})
+            await host.ask("kill", {"note": note, "signal": int(signal.SIGKILL)})
+            shutil.rmtree(home / ".cache" / "gp" / "launchers")
+
+    runtime().submit(twice()).result(60)
+
+
+def test_a_host_without_python_says_what_it_has(home: Path, tmp_path: Path) -> None:
+    old = tmp_path / "python-old"
+    old.write_text("#!/bin/sh\necho 3.6.8\nexit 1\n")
+    old.chmod(0o755)
+    with pytest.raises(ConnectionFailed, match=r"no Python .*; found: \S+python-old 3\.6\.8 \[NoPython\]"):
+        runtime().submit(RemoteHost(Here(home), str(old)).visit()).result(30)  # type: ignore[arg-type]
+
+
+def test_a_home_that_cannot_be_written_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / ".cache").write_text("a file")
+    with pytest.raises(BackendError, match=r"here: .*Error.*\[HostFailed\]"):
+        runtime().submit(RemoteHost(Here(home), sys.executable).visit()).result(30)  # type: ignore[arg-type]
+
+
+def test_a_command_that_says_nothing_is_an_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_module, "_search", lambda candidates: "echo 'no such thing' >&2; exit 3")
+    with pytest.raises(BackendError, match=r"here gave no answer \(exit code 3\): no such thing"):
+        runtime().submit(RemoteHost(Here(home)).visit()).result(30)  # type: ignore[arg-type]

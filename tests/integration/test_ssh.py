@@ -1,0 +1,155 @@
+"""gp-ssh with a real sshd: the contract, and ipykernels whose launchers call back through ssh."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from clusters.availability import offer
+from clusters.sshd import Sshd
+from jupyter_client.blocking import BlockingKernelClient
+from jupyter_client.manager import KernelManager
+from support.answering import HostApplication
+from support.driven import Driven, driven
+from support.installation import Installation, wait_until
+
+from gp_core.errors import LaunchFailed
+from gp_core.testing import BackendContract
+from gp_ssh.backend import SshBackend
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.relay]
+
+
+@pytest.fixture(scope="module")
+def sshd() -> Iterator[Sshd]:
+    """A running sshd; this machine is its host."""
+    made = Sshd()
+    try:
+        offer("ssh", made.up)
+        yield made
+    finally:
+        made.down()
+
+
+# -- the contract
+
+
+class TestContract(BackendContract):
+    """Through one connection, which some tests break."""
+
+    backend_class = SshBackend
+    start_timeout, end_timeout, settle = 30.0, 15.0, 0.5
+
+    unknown_job = {"note": {"kernel_id": "none", "pid": 2**22 + 1, "boot": "another", "started": 1}}
+
+    @pytest.fixture(params=["dial", "ssh"])
+    def backend_options(self, sshd: Sshd, request: pytest.FixtureRequest) -> dict[str, Any]:
+        return {"remote_hosts": ["h1"], "ssh_config": str(sshd.config), "callback": request.param}
+
+    @pytest.fixture
+    def break_platform(self, sshd: Sshd) -> Callable[[], AbstractContextManager[object]]:
+        @contextlib.contextmanager
+        def sshd_down() -> Iterator[None]:
+            sshd.stop()
+            try:
+                yield
+            finally:
+                sshd.start()
+
+        return sshd_down
+
+
+# -- kernels
+
+
+@pytest.fixture
+def kernel(
+    installation: Installation, sshd: Sshd, ipykernel_spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., AbstractContextManager[Driven]]:
+    """Start an ipykernel on the host; the server's address cannot be reached from there."""
+    monkeypatch.setenv("GP_RESPONSE_IP", "192.0.2.1")
+    monkeypatch.setenv("GP_SSH_CONFIG", str(sshd.config))
+
+    def started(*hosts: str, start: bool = True) -> AbstractContextManager[Driven]:
+        spec = json.loads((ipykernel_spec / "kernel.json").read_text())
+        config = {"remote_hosts": list(hosts or ("h1",))}
+        spec["argv"][0] = sys.executable
+        spec["metadata"] = {"kernel_provisioner": {"provisioner_name": "distributed-provisioner", "config": config}}
+        folder = installation.jupyter.data_dir / "kernels" / "far"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "kernel.json").write_text(json.dumps(spec))
+        return driven(KernelManager(kernel_name="far"), start=start)
+
+    return started
+
+
+def test_a_life_through_ssh_alone(kernel: Callable[..., Any]) -> None:
+    with kernel() as used:
+        assert "127.0.0.1" in used.run("import os; x = 6; print(os.environ['SSH_CONNECTION'])")
+        cell = used.start_cell("print('running', flush=True)\nwhile True: pass", "running")
+        used.do(used.manager.interrupt_kernel())
+        assert used.reply(cell)["ename"] == "KeyboardInterrupt"
+        assert "42" in used.run("x * 7")
+        used.restart()
+        assert "NameError" in used.run("x")
+
+
+def test_a_host_behind_another_one(kernel: Callable[..., Any]) -> None:
+    with kernel("h2") as used:
+        assert "42" in used.run("6 * 7")
+
+
+def test_a_killed_servers_kernel_is_taken_over(kernel: Callable[..., Any], installation: Installation) -> None:
+    kernel_id = "5f1c9a52-0000-4000-8000-000000000005"
+    with kernel(start=False) as used:  # makes the kernelspec
+        one = HostApplication(installation, "MappingKernelManager")
+        endpoints = one.ask(f"start {kernel_id} far")["connection"]
+        client = BlockingKernelClient()
+        client.load_connection_info({**endpoints, "key": endpoints["key"].encode()})
+        client.start_channels()
+        client.wait_for_ready(timeout=60)
+        client.execute("x = 41", reply=True, timeout=30)
+        one.end()
+        used.start(kernel_id=kernel_id)
+        assert "42" in used.run("x + 1")
+        client.stop_channels()
+
+
+def test_no_line_is_lost_when_sessions_of_the_sshd_are_killed(kernel: Callable[..., Any], sshd: Sshd) -> None:
+    with kernel() as used:
+        code = "import time\nfor n in range(60):\n    print(n, flush=True)\n    time.sleep(0.1)"
+        cell = used.start_cell(code, "0")
+        for _ in range(2):
+            resumes = used.manager.provisioner._kernel.relay.resumes
+            sshd.kill_sessions()
+            wait_until(lambda before=resumes: used.manager.provisioner._kernel.relay.resumes > before, 30)
+        assert used.output(cell).split() == [str(n) for n in range(1, 60)]
+
+
+def test_a_host_that_cannot_be_reached_is_passed_over(kernel: Callable[..., Any]) -> None:
+    for _ in range(2):
+        with kernel("127.0.0.1:1", "h1") as used:
+            assert "42" in used.run("6 * 7")
+
+
+def test_a_host_key_that_nobody_knows_is_refused(kernel: Callable[..., Any], sshd: Sshd) -> None:
+    known = sshd.folder / "known_hosts"
+    kept = known.read_text()
+    other = (sshd.folder / "id.pub").read_text().split()
+    try:
+        for text, reason in (
+            ("", "HostKeyUnknown"),
+            (f"[127.0.0.1]:{sshd.port} {other[0]} {other[1]}\n", "HostKeyChanged"),
+        ):
+            known.write_text(text)
+            sshd.kill_sessions()
+            with pytest.raises(LaunchFailed, match=reason), kernel(start=False) as used:
+                used.start()
+    finally:
+        known.write_text(kept)
