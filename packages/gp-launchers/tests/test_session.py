@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import socket
+import ssl
+import struct
 import sys
 import time
 
@@ -187,6 +189,41 @@ def test_garbage_ends_the_session_not_the_launcher(launch, server, data):
     assert connection.closed.wait(5)
     connection, _ = server.meet()
     assert connection.next("listening")
+
+
+def test_connections_that_are_reset_at_the_end_of_their_handshake(launch, server, certificate):
+    """What has been read by then ends it, but hello, which goes out right after, finds no connection any more."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate[0])
+    server.stop()
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", server.port))
+        listener.listen()
+        listener.settimeout(5)
+        running = launch(tuned=("dialer.LONGEST_PAUSE = 0.01",))
+        for _ in range(20):
+            connection, _ = listener.accept()
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = context.wrap_bio(incoming, outgoing, server_side=True)
+            incoming.write(connection.recv(65536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                tls.do_handshake()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(outgoing.read())
+            connection.close()
+    server.start()
+    connection, _ = server.meet()
+    assert connection.next("listening")
+    assert "Traceback" not in running.log
+
+
+def test_an_error_of_the_sessions_own_costs_the_session_and_not_the_kernel(launch, server):
+    running = launch(tuned=("session.Session._decrypt = lambda self, *rest: 1 / 0", "dialer.LONGEST_PAUSE = 0.01"))
+    for _ in range(3):
+        server.next().next("hello")
+    assert "ZeroDivisionError" in running.log
+    assert alive(running.pid)
 
 
 def test_pings_and_a_dead_peer(launch, server):

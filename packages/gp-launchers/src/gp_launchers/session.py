@@ -224,11 +224,16 @@ class Session:
         self.send(self._hello)
 
     def _ready(self, events: int) -> None:
-        if events & WRITE:
-            self._write()
-            self._listener.on_sent(self)
-        if events & READ:
-            self._read()
+        try:
+            if events & WRITE:
+                self._write()
+                self._listener.on_sent(self)
+            if events & READ:
+                self._read()
+        except Exception:  # an error of ours costs the session, which is dialled again: the kernel is worth more
+            import traceback
+
+            self.close(traceback.format_exc())
 
     def _read(self) -> None:
         """Take what has come, at most a piece: other descriptors want their turn too."""
@@ -248,14 +253,13 @@ class Session:
         self._incoming.write(self._piece[:size])
         if not self._shaken:
             self._shake(self._tls)
-        if self._shaken:
-            self._decrypt()
+        if self._shaken and self._tls is not None:  # hello may have found the connection broken
+            self._decrypt(self._tls)
 
-    def _decrypt(self) -> None:
+    def _decrypt(self, tls: ssl.SSLObject) -> None:
         """Pass on the frames that have come."""
-        assert self._tls is not None
         try:
-            size, ended = decrypt(self._tls, self._room)
+            size, ended = decrypt(tls, self._room)
         except (OSError, ValueError) as error:
             self.close(f"lost: {error}")
             return
