@@ -9,6 +9,7 @@ import random
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ from .test_provisioner import PORT_NAMES, lost, remote
 Make = Callable[..., AsyncKernelManager]
 
 ECHO = """
-import json, os, socket, sys, threading
+import itertools, json, os, socket, sys, threading
 info = json.load(open(sys.argv[1]))
 
-def serve(name, peer):
+def serve(name, peer, number):
     if name == "iopub_port":
         peer.sendall(("%d\\n" % os.getpid()).encode())
     while True:
@@ -41,6 +42,8 @@ def serve(name, peer):
             data = peer.recv(65536)
             if data.startswith(b"keep:"):
                 open(data[5:].decode(), "w").close()
+            if data == b"which":
+                data = str(number).encode()
             if data == b"die":
                 peer.sendall(b"w" * 300000)
                 os._exit(3)
@@ -51,8 +54,8 @@ def serve(name, peer):
             return
 
 def accept(name, listener):
-    while True:
-        threading.Thread(target=serve, args=(name, listener.accept()[0])).start()
+    for number in itertools.count():
+        threading.Thread(target=serve, args=(name, listener.accept()[0], number)).start()
 
 for name in ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port"):
     if info["transport"] == "ipc":
@@ -281,6 +284,26 @@ async def test_users_of_other_accounts_are_refused(
         assert await reader.read() == b""
     writer.close()
     assert "a connection of user 12345 was refused" in caplog.text
+
+
+async def test_connections_reach_the_kernel_in_the_order_in_which_they_were_made(
+    echo: AsyncKernelManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that comes back while its old connection lives says who it is on both, and the kernel takes the last."""
+    slow = iter([0.3, 0.1, 0.0, 0.0])
+
+    def looked_up(peer: Any, own: Any) -> int:
+        time.sleep(next(slow))
+        return os.getuid()
+
+    monkeypatch.setattr(relay_module, "peer_uid", looked_up)
+    clients = [await connect(echo) for _ in range(4)]
+    numbers = []
+    for reader, writer in clients:
+        writer.write(b"which")
+        numbers.append(int(await asyncio.wait_for(reader.read(100), 10)))
+        writer.close()
+    assert numbers == sorted(numbers)
 
 
 def test_the_user_of_a_connection_is_found() -> None:

@@ -71,6 +71,7 @@ class Relay:
         self._numbers = {name: int(endpoint.get(f"{name}_port") or 0) for name in CHANNELS}
         self._servers: dict[str, asyncio.Server] = {}
         self._clients: set[Client] = set()
+        self.entrance = asyncio.Lock()  # one after the other: of two with one identity, the kernel takes the last
         self._identity = secrets.token_hex(8)
         self._told = False  # to a launcher: what the streams are now depends on what it did with them
         self._carrier: Carrier | None = None
@@ -291,15 +292,16 @@ class Client(asyncio.Protocol):
         runtime().spawn(self._enter(transport), name="client of a kernel")
 
     async def _enter(self, transport: asyncio.Transport) -> None:
-        if not await self._relay.admits(transport) or transport.is_closing():
-            transport.abort()
-            return
-        try:
-            self._stream = stream = self._relay.streams.open(self._channel)
-        except WireError as error:
-            log.warning("a client is refused: %s", error)
-            transport.abort()
-            return
+        async with self._relay.entrance:
+            if not await self._relay.admits(transport) or transport.is_closing():
+                transport.abort()
+                return
+            try:
+                self._stream = stream = self._relay.streams.open(self._channel)
+            except WireError as error:
+                log.warning("a client is refused: %s", error)
+                transport.abort()
+                return
         stream.on_data, stream.on_closed, stream.on_drained = self._data, self.end, self._drained
         transport.resume_reading()
 
