@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
     from support.labpage import LabPage
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.relay]
 
 REMOTE = "Python on the cluster"
 PID = "import os\nprint(os.getpid(), end='')"
@@ -80,17 +80,15 @@ def lab(
     for name, argv in {REMOTE: ipykernel, **{name: argv for name, (argv, _) in CANNOT_START.items()}}.items():
         spec = {"argv": argv, "display_name": name}
         installation.jupyter.install_spec(name.lower().replace(" ", "-"), spec)
-    with Line().opened() as line:
-        env = {"GP_CHANNELS": "relay", **line.env}
-        with RUN[request.param](installation, env=env) as server:
-            context = browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-US")
-            page = LabPage(context.new_page(), shots)
-            try:
-                page.open(server.url, server.token)
-                yield Lab(page, line)
-            finally:
-                page.keep("end")
-                context.close()
+    with Line().opened() as line, RUN[request.param](installation, env=line.env) as server:
+        context = browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-US")
+        page = LabPage(context.new_page(), shots)
+        try:
+            page.open(server.url, server.token)
+            yield Lab(page, line)
+        finally:
+            page.keep("end")
+            context.close()
 
 
 def test_a_cell_interrupt_restart_and_death(lab: Lab) -> None:

@@ -277,7 +277,7 @@ def running(
         print(server.log)
         raise
     finally:
-        _end(server)
+        _end(server, installation)
         installation.own.discard(process.pid)
 
 
@@ -288,11 +288,12 @@ def _answers(server: Server) -> bool:
     return False
 
 
-def _end(server: Server) -> None:
+def _end(server: Server, installation: Installation) -> None:
     process = server.process
     process.send_signal(signal.SIGTERM)
     try:
-        wait_until(lambda: process.poll() is not None or _stuck(server), 30)
+        # a server that is stuck goes on with the end of its other kernels
+        wait_until(lambda: process.poll() is not None or (_stuck(server) and not installation.records()), 30)
     finally:
         process.kill()
         process.wait(10)
