@@ -19,7 +19,8 @@ nox.options.sessions = ["lint", "types", "tests", "contract"]
 ROOT = Path(__file__).parent
 WORKSPACE = nox.project.load_toml("pyproject.toml")
 PROJECTS = {path.parent.name: nox.project.load_toml(path) for path in sorted(ROOT.glob("packages/*/pyproject.toml"))}
-FAR_SIDE = ("packages/gp-launchers/src", "packages/gp-ssh/src/gp_ssh/far.py")  # for any Python from 3.8 on
+# for any Python from 3.8 on
+FAR_SIDE = ("packages/gp-launchers/src", *(f"packages/gp-ssh/src/gp_ssh/{name}.py" for name in ("far", "survey")))
 each_package = nox.parametrize("package", [nox.param(name, id=name) for name in PROJECTS])
 
 

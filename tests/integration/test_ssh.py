@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import pwd
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,11 +16,13 @@ import pytest
 from clusters.availability import offer
 from clusters.sshd import Sshd
 from jupyter_client.blocking import BlockingKernelClient
+from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
 from support.answering import HostApplication
 from support.driven import Driven, driven
 from support.installation import Installation, wait_until
 
+from gp_core.cli import main
 from gp_core.errors import LaunchFailed
 from gp_core.testing import BackendContract
 from gp_ssh.backend import SshBackend
@@ -103,6 +107,21 @@ def test_a_life_through_ssh_alone(kernel: Callable[..., Any]) -> None:
 def test_a_host_behind_another_one(kernel: Callable[..., Any]) -> None:
     with kernel("h2") as used:
         assert "42" in used.run("6 * 7")
+
+
+def test_a_kernel_that_was_discovered(kernel: Callable[..., Any], installation: Installation) -> None:
+    place = Path(pwd.getpwuid(os.getuid()).pw_dir, f"gp-test-{os.getpid()}")  # of the host, which is this machine
+    place.symlink_to(sys.prefix)
+    try:
+        with kernel(start=False):  # makes the configuration
+            assert main(["install", "ssh", "--host", "h1", "--discover", f"h1-{place.name}"]) == 0
+        with driven(KernelManager(kernel_name=f"h1-{place.name}")) as used:
+            assert "127.0.0.1" in used.run("import os; print(os.environ['SSH_CONNECTION'])")
+            assert str(place) in used.run("import sys; print(sys.executable)")
+    finally:
+        place.unlink()
+    assert main(["install", "ssh", "--refresh"]) == 0
+    assert f"h1-{place.name}" not in KernelSpecManager().find_kernel_specs()
 
 
 def test_a_killed_servers_kernel_is_taken_over(kernel: Callable[..., Any], installation: Installation) -> None:

@@ -20,7 +20,7 @@ FAR = '''
 import asyncio, json, os
 from pathlib import Path
 from traitlets import Int, List, Unicode
-from gp_core import Backend, BackendError, Finding, RemoteProvisioner, State, Status, from_env, hookimpl
+from gp_core import Backend, BackendError, Environment, Finding, RemoteProvisioner, State, Status, from_env, hookimpl
 
 class FarBackend(Backend):
     """Jobs are files whose content is their state."""
@@ -60,6 +60,12 @@ class FarBackend(Backend):
             raise BackendError("the far platform does not answer")
         jobs = [file.name for file in Path(os.environ["FAR_JOBS"]).iterdir() if not file.suffix]
         return [{"kernel_id": name} for name in jobs if kernel_id in (None, name)]
+
+    async def environments(self, where):
+        file = Path(os.environ["FAR_JOBS"], f"{where}.json")
+        if not file.exists():
+            raise BackendError(f"{where} does not answer")
+        return [Environment.read(one, config={"remote_hosts": [where]}) for one in json.loads(file.read_text())]
 
     async def check(self):
         if self.remote_hosts == ["crash"]:

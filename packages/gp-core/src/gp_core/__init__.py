@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ._markers import hookimpl
     from .backend import Backend, Finding, Handle, KernelInfo, LaunchRequest, State, Status
     from .balancing import Host
+    from .environments import Environment
     from .errors import BackendError, ConfigError, GPError, LaunchDenied, LaunchFailed, PluginError, Reason
     from .events import Event, KernelEvent
     from .provisioner import RemoteProvisioner
@@ -25,6 +26,7 @@ _HOMES = {
     "_markers": ("hookimpl",),
     "backend": ("Backend", "Finding", "Handle", "KernelInfo", "LaunchRequest", "State", "Status"),
     "balancing": ("Host",),
+    "environments": ("Environment",),
     "errors": ("BackendError", "ConfigError", "GPError", "LaunchDenied", "LaunchFailed", "PluginError", "Reason"),
     "events": ("Event", "KernelEvent"),
     "provisioner": ("RemoteProvisioner",),
@@ -41,6 +43,7 @@ __all__ = [
     "BackendError",
     "Completed",
     "ConfigError",
+    "Environment",
     "Event",
     "Finding",
     "GPError",

@@ -15,14 +15,17 @@ from abc import ABCMeta, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from traitlets import MetaHasTraits
 from traitlets.config import LoggingConfigurable
 
 from .command import expanded
-from .errors import BackendError, LaunchFailed, Reason
+from .errors import BackendError, ConfigError, LaunchFailed, Reason
 from .ports import PortRange
+
+if TYPE_CHECKING:
+    from .environments import Environment
 
 Handle = dict[str, Any]
 """All that a backend needs to find its kernel again, in any process: must survive ``json.dumps``, holds no secret."""
@@ -286,6 +289,18 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
             kernel_id: Only this one; None: all that this installation could have started.
         """
         return []
+
+    async def environments(self, where: str) -> list[Environment]:
+        """Find kernels that could be started somewhere, for ``jupyter gp install --discover``.
+
+        Args:
+            where: What `Environment.config` leads to then: a host, for example.
+
+        Raises:
+            ConfigError: ``where`` is no such thing, or this backend cannot look (the default).
+            BackendError: There was no answer from there.
+        """
+        raise ConfigError(f"backend {self.name} cannot look for environments: name a kernelspec by --from")
 
     async def check(self) -> list[Finding]:
         """Check that the platform can be used, for ``jupyter gp doctor``."""

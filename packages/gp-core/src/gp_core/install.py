@@ -207,6 +207,11 @@ class Variant:
     notes: list[str]
 
 
+def kernels_folder(manager: KernelSpecManager, prefix: str | None) -> Path:
+    """Return the folder for the kernelspecs of a prefix; None: the user's own."""
+    return Path(prefix).absolute() / "share/jupyter/kernels" if prefix else Path(manager.user_kernel_dir)
+
+
 def place(
     manager: KernelSpecManager, name: str, made: Variant, *, prefix: str | None = None, replace: bool = False
 ) -> Path:
@@ -227,7 +232,7 @@ def place(
     """
     if not re.fullmatch(r"[a-z0-9._-]+", name):
         raise ConfigError(f"{name!r} cannot be the name of a kernelspec: use letters, digits and . _ -")
-    parent = Path(prefix).absolute() / "share/jupyter/kernels" if prefix else Path(manager.user_kernel_dir)
+    parent = kernels_folder(manager, prefix)
     if (parent / name).exists() and not replace:
         raise ConfigError(f"kernelspec {name} exists in {parent}: say --replace, or another --name")
     try:

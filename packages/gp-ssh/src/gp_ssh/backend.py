@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import os
 import signal as signals
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from traitlets import CaselessStrEnum, Dict, List, Unicode, Union
@@ -17,6 +14,7 @@ from gp_core import (
     Backend,
     BackendError,
     ConfigError,
+    Environment,
     Finding,
     Handle,
     Host,
@@ -29,13 +27,13 @@ from gp_core import (
     from_env,
     hookimpl,
 )
-from gp_core.balancing import Ledger, select
+from gp_core.balancing import select
 from gp_core.plugins import plugins
 from gp_core.store import file_name
 from gp_launchers.options import addresses
 
-from .connection import ConnectionFailed, Pool
-from .host import Launcher, RemoteHost
+from .connection import ConnectionFailed
+from .host import Launcher, RemoteHost, known
 from .hosts import Entry, entries
 
 ENDED = Reason("LauncherEnded", "Read the kernel's log (jupyter gp logs); a host that was rebooted loses its kernels.")
@@ -46,25 +44,6 @@ class SshProvisioner(RemoteProvisioner):
     """Selected by ``"provisioner_name": "distributed-provisioner"``."""
 
     backend_name = "ssh"
-
-
-@dataclass
-class Known:
-    """What all objects of the backend in one process share: connections, and what is known of hosts."""
-
-    pool: Pool = field(default_factory=Pool)
-    ledger: Ledger = field(default_factory=Ledger)
-    hosts: dict[tuple[Entry, str, str], RemoteHost] = field(default_factory=dict)
-
-
-@functools.lru_cache(maxsize=1)
-def _known(pid: int) -> Known:
-    return Known()
-
-
-def known() -> Known:
-    """Return what this process knows; a forked child begins anew, for it has none of the threads."""
-    return _known(os.getpid())
 
 
 class SshBackend(Backend):
@@ -199,6 +178,10 @@ class SshBackend(Backend):
             for note in answer["notes"]
             if kernel_id in (None, note["kernel_id"])
         ]
+
+    async def environments(self, where: str) -> list[Environment]:
+        found = await (await self._host(Entry.read(where))).environments()
+        return [Environment.read(one, config={"remote_hosts": [where]}) for one in found]
 
     async def check(self) -> list[Finding]:
         try:

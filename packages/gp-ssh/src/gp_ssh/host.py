@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import inspect
 import json
 import logging
+import os
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from gp_core import BackendError, Reason, blocking
+from gp_core.balancing import Ledger
 from gp_core.runtime import runtime
 
-from . import far
-from .connection import ConnectionFailed, Line, Shared
+from . import far, survey
+from .connection import ConnectionFailed, Line, Pool, Shared
 from .forward import Forward
+from .hosts import Entry
 
 log = logging.getLogger(__name__)
 
 SCRIPT = inspect.getsource(far).encode()
+SURVEY = inspect.getsource(survey).encode()
 LOADER = (
     "import json,sys;i=sys.stdin.buffer;a,b,c=map(int,i.readline().split());"
     'exec(compile(i.read(a),"far","exec"));r=json.loads(i.read(b));main(r,i.read(c))'
@@ -147,6 +152,11 @@ class RemoteHost:
                 return note
         raise BackendError(f"{self.name}: the launcher is not there though it was brought")
 
+    async def environments(self) -> list[dict[str, Any]]:
+        """Find kernels that could be started there; see `survey.found`."""
+        found: list[dict[str, Any]] = (await self.ask("environments", {}, SURVEY))["found"]
+        return found
+
     async def runs(self, note: Mapping[str, Any]) -> bool:
         """Whether the launcher of a note runs; all that is asked at the same time is one question to the host."""
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -234,6 +244,25 @@ class RemoteHost:
         self.facts = None  # its Python may have gone: look again
         said = (done.errors or done.output).decode("utf-8", "replace").strip()
         raise BackendError(f"{self.name} gave no answer (exit code {done.code}): {said[-500:]}")
+
+
+@dataclass
+class Known:
+    """What all objects of the backend in one process share: connections, and what is known of hosts."""
+
+    pool: Pool = field(default_factory=Pool)
+    ledger: Ledger = field(default_factory=Ledger)
+    hosts: dict[tuple[Entry, str, str], RemoteHost] = field(default_factory=dict)
+
+
+@functools.lru_cache(maxsize=1)
+def _known(pid: int) -> Known:
+    return Known()
+
+
+def known() -> Known:
+    """Return what this process knows; a forked child begins anew, for it has none of the threads."""
+    return _known(os.getpid())
 
 
 def _search(candidates: Sequence[str]) -> str:

@@ -23,10 +23,11 @@ class Install(Command):
     name = "jupyter-gp-install"
     verb = "install"
     summary = "Make a kernelspec whose kernels a backend starts, from one that is there."
-    usage = "BACKEND --from KERNELSPEC [options]"
+    usage = "BACKEND (--from KERNELSPEC | --host HOST --discover) [options]"
     details = """\
-example:
-  jupyter gp install local --from python3 --name patient --set launch_timeout=60"""
+examples:
+  jupyter gp install local --from python3 --name patient --set launch_timeout=60
+  jupyter gp install ssh --host h1,h2 --discover"""
 
     @default("log_level")
     def _no_warnings(self) -> int:
@@ -37,6 +38,14 @@ example:
         source = group.add_mutually_exclusive_group()
         source.add_argument("--from", dest="source", metavar="KERNELSPEC", help="copy this one, a name or a folder")
         source.add_argument("--template", metavar="NAME", help="or fill in a template of the backend's package")
+        source.add_argument(
+            "--discover",
+            nargs="*",
+            metavar="NAME",
+            help="or show what is out there, and install what has these names ('*')",
+        )
+        source.add_argument("--refresh", action="store_true", help="update or remove what was discovered")
+        group.add_argument("--host", dest="where", metavar="H1,H2", help="where to discover or refresh")
         group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option; repeatable")
         group.add_argument("--parameters", metavar="FILE", help="JSON schema of what users may choose")
         group.add_argument("--python", metavar="PY", help="the far side's Python; default: python3")
@@ -54,6 +63,13 @@ example:
 
         args, specs = self.args, self.specs
         target = offer(args.backend)
+        prefix = sys.prefix if args.sys_prefix else args.prefix
+        parameters = _json_file(args.parameters) if args.parameters else None
+        if args.discover is not None or args.refresh:
+            from .environments import Environments
+
+            environments = Environments(self, target, prefix)
+            return environments.refresh() if args.refresh else environments.discover(args.discover, parameters)
         if args.source:
             source = read_kernelspec(specs, args.source)
         elif args.template:
@@ -67,10 +83,9 @@ example:
             settings=args.set,
             python=args.python,
             display_name=args.display_name,
-            parameters=_json_file(args.parameters) if args.parameters else None,
+            parameters=parameters,
         )
         name = (args.name or f"{source.name}-{target.backend.name}").lower()
-        prefix = sys.prefix if args.sys_prefix else args.prefix
         path = place(specs, name, made, prefix=prefix, replace=args.replace)
         seen = str(path.parent) in specs.kernel_dirs
         notes = [*made.notes, *([] if seen else [f"Jupyter does not look there: set JUPYTER_PATH={path.parents[1]}"])]
@@ -90,7 +105,7 @@ example:
         specs = ", ".join(sorted(self.specs.find_kernel_specs())) or "none"
         templates = ", ".join(made.name for made in plugins().spec_templates() if made.provisioner == provisioner)
         hint = f", or --template NAME, one of: {templates}" if templates else ""
-        return f"say --from KERNELSPEC, one of: {specs}{hint}"
+        return f"say --from KERNELSPEC, one of: {specs}{hint}; or look for others by --host HOST --discover"
 
 
 def _json_file(path: str) -> Mapping[str, Any]:
