@@ -104,8 +104,9 @@ def test_a_life_through_ssh_alone(kernel: Callable[..., Any]) -> None:
         assert "NameError" in used.run("x")
 
 
-def test_a_host_behind_another_one(kernel: Callable[..., Any]) -> None:
-    with kernel("h2") as used:
+@pytest.mark.parametrize("host", ["h2", "h3"])
+def test_a_host_behind_others(kernel: Callable[..., Any], host: str) -> None:
+    with kernel(host) as used:
         assert "42" in used.run("6 * 7")
 
 

@@ -21,7 +21,7 @@ class Sshd:
     """One host that is this machine.
 
     Attributes:
-        config: Of ssh, with the host as ``h1``, and as ``h2`` through ``h1``.
+        config: Of ssh, with the host as ``h1``, as ``h2`` through ``h1``, and as ``h3`` through two.
     """
 
     def __init__(self) -> None:
@@ -50,9 +50,9 @@ class Sshd:
         public = " ".join((self.folder / "host_key.pub").read_text().split()[:2])
         (self.folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {public}\n")
         self.config.write_text(
-            "Host h2\n ProxyJump h1\n"
-            f"Host h1 h2\n HostName 127.0.0.1\n Port {self.port}\n IdentityFile {self.folder}/id\n IdentitiesOnly yes\n"
-            f" UserKnownHostsFile {self.folder}/known_hosts\n GlobalKnownHostsFile none\n"
+            "Host h2\n ProxyJump h1\nHost h3\n ProxyJump h1,h4\n"
+            f"Host h1 h2 h3 h4\n HostName 127.0.0.1\n Port {self.port}\n IdentityFile {self.folder}/id\n"
+            f" IdentitiesOnly yes\n UserKnownHostsFile {self.folder}/known_hosts\n GlobalKnownHostsFile none\n"
         )
         self.start()
 

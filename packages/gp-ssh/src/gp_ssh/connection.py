@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import paramiko
@@ -23,6 +23,8 @@ from .hosts import Entry, Target, resolve
 T = TypeVar("T")
 
 CHANNELS = 8  # at a time; sshd allows ten of one connection (MaxSessions)
+HOPS = 8  # of ProxyJump
+IDLE = 600.0  # seconds without a question until a connection is closed; one that launchers call through is asked often
 UNANSWERED = 15.0  # seconds until data that nobody acknowledges, or a silent host, breaks a connection
 LINE = 'IFS= read -r line && eval "$line"'  # no word of it means anything else to fish or csh between single quotes
 COMMAND = f"exec /bin/sh -c '{LINE}'"
@@ -264,18 +266,26 @@ class Pool:
         Raises:
             ConfigError: The ssh configuration is wrong.
         """
+        return await self._line(await self._target(entry, ssh_config), ssh_config)
+
+    async def _target(self, entry: Entry, ssh_config: str) -> Target:
         key = (entry, ssh_config)
-        target = self._targets.get(key)
-        if target is None:
-            target = self._targets[key] = await resolve(entry, ssh_config)
+        if key not in self._targets:
+            self._targets[key] = await resolve(entry, ssh_config)
+        return self._targets[key]
+
+    async def _line(self, target: Target, ssh_config: str, hops: int = 0) -> Line:
+        if hops > HOPS:
+            raise ConnectionFailed(f"{target.name}: its ProxyJump never ends", UNREACHABLE)
         if target not in self._lines:
             through = None
             if target.proxy_jump:
-                *before, last = target.proxy_jump.split(",")
-                through = await self.line(Entry.read(last), ssh_config)
-                if before:
-                    raise ConnectionFailed(f"{entry.text}: more than one ProxyJump; name one host", UNREACHABLE)
-            self._lines[target] = Line(target, through)
+                before, _, last = target.proxy_jump.rpartition(",")
+                jump = await self._target(Entry.read(last), ssh_config)
+                if before:  # says more than the jump host's own configuration
+                    jump = replace(jump, proxy_jump=before, proxy_command="")
+                through = await self._line(jump, ssh_config, hops + 1)
+            self._lines.setdefault(target, Line(target, through))
         return self._lines[target]
 
 
@@ -293,6 +303,7 @@ class Line:
         self._connection: Connection | None = None
         self._connecting = Shared(self._connect)
         self._channels = asyncio.Semaphore(CHANNELS)
+        self._used = 0.0
 
     async def connection(self) -> Connection:
         """Return the open connection; whoever comes while it is made waits for that one.
@@ -300,14 +311,31 @@ class Line:
         Raises:
             ConnectionFailed: There is none to be had.
         """
+        self.touch()
         if self._connection is not None and self._connection.is_open:
             return self._connection
         return await self._connecting()
+
+    def touch(self) -> None:
+        """Note that it is used, and what it goes through."""
+        self._used = time.monotonic()
+        if self._through is not None:
+            self._through.touch()
+
+    def _retire(self, connection: Connection) -> None:
+        if connection is not self._connection:
+            return
+        rest = self._used + IDLE - time.monotonic()
+        if rest > 0:
+            asyncio.get_running_loop().call_later(rest, self._retire, connection)
+        else:
+            self.close()
 
     async def _connect(self) -> Connection:
         self.close()
         through = await self._through.connection() if self._through is not None else None
         self._connection = connection = await blocking(Connection, self.target, through)
+        asyncio.get_running_loop().call_later(IDLE, self._retire, connection)
         return connection
 
     async def checked(self) -> Connection:
