@@ -16,9 +16,11 @@ from gp_core.balancing import (
     Ledger,
     gp_select_host,
     least_connection,
+    least_load,
     select,
     sticky,
     uniform,
+    wants_load,
     weighted,
 )
 from gp_core.errors import ConfigError
@@ -222,6 +224,23 @@ def test_there_is_always_a_usable_host(history):
     assert usable(ledger, "abc", now + 301) == "abc"
 
 
+def test_least_load_takes_the_host_that_has_most_to_give():
+    hosts = [Host("a", load=0.5), Host("b", load=0.2), Host("c", load=float("inf"))]
+    assert least_load(hosts) == "b"
+    assert least_load([Host("a", load=0.5, weight=4), hosts[1]]) == "a", "a larger one bears more"
+    assert least_load([hosts[2]]) == "c", "better than none"
+
+
+def test_starts_together_do_not_all_go_where_the_load_is_least():
+    hosts = [Host("a", load=0.0), Host("b", load=0.25)]
+    counts = Counter(place(10, hosts, Ledger(), "least-load"))
+    assert counts == {"a": 6, "b": 4}
+
+
+def test_only_some_algorithms_want_the_load():
+    assert [name for name in [*ALGORITHMS, "a plugin's"] if wants_load(name)] == ["least-load", "a plugin's"]
+
+
 # The hook and select
 
 
@@ -234,7 +253,7 @@ def test_every_algorithm_picks_one_of_the_hosts(algorithm, hosts):
 
 def test_an_unknown_algorithm_names_those_that_exist():
     with pytest.raises(
-        ConfigError, match="'fastest' is none of round-robin, least-connection, random, weighted, sticky"
+        ConfigError, match="'fastest' is none of round-robin, least-connection, random, weighted, sticky, least-load"
     ):
         select("fastest", hosts_of("ab"), KERNEL, Ledger(), now=0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 
-from gp_core import BackendError
+from gp_core import BackendError, LaunchRequest
 from gp_core.runtime import runtime
+from gp_ssh import far
 from gp_ssh import host as host_module
+from gp_ssh.backend import SshBackend
 from gp_ssh.connection import COMMAND, Answer, ConnectionFailed
 from gp_ssh.host import Launcher, RemoteHost
-from gp_ssh.hosts import Target
+from gp_ssh.hosts import Entry, Target, entries
 
 SLEEPER = b"import sys, time\nprint('got', len(sys.stdin.read()), sys.argv[2:], flush=True)\ntime.sleep(60)\n"
 ASKED = {"installation": "i1", "kernel_id": "k1", "arguments": ["a b", "$(id)"], "secrets": "s" * 100_000}
@@ -136,3 +139,43 @@ def test_a_command_that_says_nothing_is_an_error(home: Path, monkeypatch: pytest
     monkeypatch.setattr(host_module, "_search", lambda candidates: "echo 'no such thing' >&2; exit 3")
     with pytest.raises(BackendError, match=r"here gave no answer \(exit code 3\): no such thing"):
         runtime().submit(RemoteHost(Here(home)).visit()).result(30)  # type: ignore[arg-type]
+
+
+def test_the_load_of_a_host_is_asked_for_now_and_then(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def life() -> None:
+        line: Any = Here(home)
+        host = RemoteHost(line, sys.executable)
+        await host.visit()
+        asked = line.questions
+        first = await asyncio.gather(*(host.load() for _ in range(20)))
+        assert len(set(first)) == 1
+        assert 0 < first[0] < 1000
+        assert line.questions == asked + 1
+        monkeypatch.setattr(host_module, "LOAD_HOLDS", 0.0)
+        monkeypatch.setattr(host_module, "LOAD_WITHIN", 0.001)
+        assert await host.load() == math.inf, "it does not answer soon"
+
+    runtime().submit(life()).result(60)
+
+
+def test_the_gpu_that_is_least_busy_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho '90, 1000, 80000'\necho '5, 40000, 80000'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert far.load({}, b"")["gpu"] == 0.5
+    tool.write_text("#!/bin/sh\necho 'No devices were found'\n")
+    assert "gpu" not in far.load({}, b"")
+
+
+def test_the_host_with_the_least_load_gets_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = SshBackend(remote_hosts=["h1", "h2", "h3"], load_balancing_algorithm="least-load")
+    loads = {"h1": 0.9, "h2": 0.1, "h3": math.inf}
+
+    async def load(self: SshBackend, entry: Entry) -> float:
+        return loads[entry.text]
+
+    monkeypatch.setattr(SshBackend, "_load", load)
+    request = LaunchRequest(kernel_id="k1", kernel_name="python3", user="me", backend="ssh", argv=["x"])
+    chosen = runtime().submit(backend._chosen(entries(backend.remote_hosts, {}), request)).result(10)
+    assert chosen.text == "h2"

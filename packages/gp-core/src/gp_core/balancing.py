@@ -20,7 +20,8 @@ from ._markers import hookimpl
 from .backend import KernelInfo
 from .errors import ConfigError
 
-ALGORITHMS = ("round-robin", "least-connection", "random", "weighted", "sticky")
+ALGORITHMS = ("round-robin", "least-connection", "random", "weighted", "sticky", "least-load")
+SHARE = 0.1  # of a host, which a kernel counts as for "least-load": its own load shows only later
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class Host:
         weight: Relative share for "weighted" and "sticky"; 0: only if no host has more.
         kernels: Kernels that run there now; `Ledger.usable` adds those that it knows of.
         turn: When it was chosen last: lower is longer ago, below 0 is never; `Ledger.usable` fills it in.
+        load: How busy it is: 0 idle, 1 and more busy, infinite unknown; the backend fills it in if `wants_load`.
     """
 
     name: str
     weight: float = 1
     kernels: int = 0
     turn: int = 0
+    load: float = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0):
@@ -88,6 +91,21 @@ def sticky(hosts: Sequence[Host], user: str) -> str:
     return max(hosts, key=score).name
 
 
+def least_load(hosts: Sequence[Host]) -> str:
+    """Return the host that is least busy for its weight, counting kernels that were started there just now."""
+
+    def busy(host: Host) -> tuple[float, int]:
+        each = host.weight or 1e-9
+        return (host.load + SHARE * host.kernels) / each, host.turn
+
+    return min(hosts, key=busy).name
+
+
+def wants_load(algorithm: str) -> bool:
+    """Whether an algorithm looks at `Host.load`, which takes time to find out; a plugin's may."""
+    return algorithm == "least-load" or algorithm not in ALGORITHMS
+
+
 @hookimpl(trylast=True)
 def gp_select_host(algorithm: str, hosts: Sequence[Host], kernel: KernelInfo) -> str:
     """Choose by one of `ALGORITHMS`.
@@ -105,6 +123,8 @@ def gp_select_host(algorithm: str, hosts: Sequence[Host], kernel: KernelInfo) ->
         return weighted(hosts, random.random())
     if algorithm == "sticky":
         return sticky(hosts, kernel.user)
+    if algorithm == "least-load":
+        return least_load(hosts)
     raise ConfigError(f"load balancing algorithm {algorithm!r} is none of {', '.join(ALGORITHMS)}")
 
 

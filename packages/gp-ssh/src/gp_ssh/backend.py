@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal as signals
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from traitlets import CaselessStrEnum, Dict, List, Unicode, Union
@@ -27,7 +29,7 @@ from gp_core import (
     from_env,
     hookimpl,
 )
-from gp_core.balancing import select
+from gp_core.balancing import select, wants_load
 from gp_core.plugins import plugins
 from gp_core.store import file_name
 from gp_launchers.options import addresses
@@ -61,7 +63,10 @@ class SshBackend(Backend):
     )
     host_selector = Dict(help="Labels that a host must have to be chosen, such as {'gpu': 'a100'}.").tag(config=True)
     load_balancing_algorithm = from_env(
-        Unicode("round-robin", help="Which host is next: round-robin, least-connection, random, weighted, sticky."),
+        Unicode(
+            "round-robin",
+            help="Which host is next: round-robin, least-connection, random, weighted, sticky, least-load.",
+        ),
         "GP_LOAD_BALANCING_ALGORITHM",
     )
     remote_python = from_env(
@@ -88,7 +93,7 @@ class SshBackend(Backend):
         failures: list[str] = []
         able = entries(self.remote_hosts, self.host_selector)
         while able:
-            entry = self._chosen(able, request)
+            entry = await self._chosen(able, request)
             try:
                 handle = await self._start(entry, request)
             except BackendError as error:
@@ -105,10 +110,19 @@ class SshBackend(Backend):
         text = f"kernel {request.kernel_id} found no host to run on"
         raise LaunchFailed(text, reason=NO_HOST, log="\n".join(failures))
 
-    def _chosen(self, able: Mapping[str, Entry], request: LaunchRequest) -> Entry:
+    async def _chosen(self, able: Mapping[str, Entry], request: LaunchRequest) -> Entry:
         hosts = [Host(entry.text, entry.weight) for entry in able.values()]
+        if wants_load(self.load_balancing_algorithm):
+            loads = await asyncio.gather(*map(self._load, able.values()))
+            hosts = [replace(host, load=load) for host, load in zip(hosts, loads, strict=True)]
         now, ask = time.monotonic(), plugins().select_host
         return able[select(self.load_balancing_algorithm, hosts, request, known().ledger, now=now, ask=ask)]
+
+    async def _load(self, entry: Entry) -> float:
+        try:
+            return await (await self._host(entry)).load()
+        except BackendError:  # no way there can be told
+            return math.inf
 
     async def _start(self, entry: Entry, request: LaunchRequest) -> Handle:
         host, launcher = await self._host(entry), await Launcher.read(request.launcher_file)

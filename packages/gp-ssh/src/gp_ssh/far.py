@@ -74,6 +74,32 @@ def look(request: Request, more: bytes) -> Request:
     }
 
 
+def load(request: Request, more: bytes) -> Request:
+    """How busy this host is, 0 idle and 1 busy: its processors, its memory, and the GPU that is least busy."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = {}
+    with open("/proc/meminfo") as file:
+        for line in file:
+            name, _, rest = line.partition(":")
+            memory[name] = int(rest.split()[0])
+    busy = {"processors": os.getloadavg()[0] / usable, "memory": 1 - memory["MemAvailable"] / memory["MemTotal"]}
+    gpus = gpu_loads()
+    if gpus:
+        busy["gpu"] = min(gpus)
+    return busy
+
+
+def gpu_loads() -> list[float]:
+    """How busy each GPU is, with work or with memory that is taken."""
+    asked = ["nvidia-smi", "--query-gpu=utilization.gpu,memory.used,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        ran = subprocess.run(asked, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=5, check=False)
+        rows = [[float(cell) for cell in line.split(",")] for line in ran.stdout.decode().splitlines()]
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return []
+    return [max(work / 100, used / total) for work, used, total in rows]
+
+
 def reach(request: Request, more: bytes) -> Request:
     """Say whether a launcher here could dial one of the server's addresses."""
     for host, port in request["addresses"]:
@@ -193,6 +219,7 @@ def environments(request: Request, more: bytes) -> Request:
 
 QUESTIONS: dict[str, Callable[[Request, bytes], Request]] = {
     "look": look,
+    "load": load,
     "reach": reach,
     "start": start,
     "status": status,

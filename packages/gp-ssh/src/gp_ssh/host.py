@@ -8,9 +8,11 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import secrets
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +41,7 @@ CANDIDATES = (
 )  # fmt: skip
 LOOK = 5.0  # seconds between two looks at a connection that launchers call through
 SHORTEST, LONGEST = 1.0, 15.0  # seconds until the next attempt to mend it
+LOAD_HOLDS, LOAD_WITHIN = 2.0, 5.0  # seconds for which an answer is good, and may take
 TOGETHER = 0.02  # seconds in which questions for the state of kernels are gathered into one
 NO_PYTHON = Reason("NoPython", "Install Python 3.8 or newer on the host, or say where it is by remote_python.")
 FAR_FAILED = Reason("HostFailed", "The host's own message is above; often its disk is full or the home is read-only.")
@@ -93,6 +96,8 @@ class RemoteHost:
         self._python = python
         self._reached: dict[tuple[tuple[str, int], ...], bool] = {}
         self.look = Shared(self._look)  #: goes there in any case
+        self._load = (-math.inf, math.inf)  # when it was asked for, and what it was
+        self._ask_load = Shared(lambda: self.ask("load", {}))
         self._gathered: list[tuple[Mapping[str, Any], asyncio.Future[bool]]] = []
         # by listener, and the port that was asked for: a server may have taken kernels over from several others
         self._forwards: dict[tuple[tuple[str, int], int], Forward] = {}
@@ -125,6 +130,18 @@ class RemoteHost:
         if key not in self._reached:
             self._reached[key] = bool((await self.ask("reach", {"addresses": list(key)}))["reached"])
         return self._reached[key]
+
+    async def load(self) -> float:
+        """How busy the host is: 0 idle, 1 and more busy, infinite if it does not answer soon; asked now and then."""
+        now = time.monotonic()
+        if now - self._load[0] > LOAD_HOLDS:
+            try:
+                busy = await asyncio.wait_for(self._ask_load(), LOAD_WITHIN)
+                self._load = (now, max(map(float, busy.values())))
+            except (BackendError, ValueError, asyncio.TimeoutError) as error:
+                log.debug("the load of %s: %r", self.name, error)
+                self._load = (now, math.inf)
+        return self._load[1]
 
     async def ask(self, question: str, request: Mapping[str, Any], more: bytes = b"") -> dict[str, Any]:
         """Ask a question of `far`.
