@@ -80,9 +80,9 @@ def kernel(
     monkeypatch.setenv("GP_RESPONSE_IP", "192.0.2.1")
     monkeypatch.setenv("GP_SSH_CONFIG", str(sshd.config))
 
-    def started(*hosts: str, start: bool = True) -> AbstractContextManager[Driven]:
+    def started(*hosts: str, start: bool = True, **more: Any) -> AbstractContextManager[Driven]:
         spec = json.loads((ipykernel_spec / "kernel.json").read_text())
-        config = {"remote_hosts": list(hosts or ("h1",))}
+        config = {"remote_hosts": list(hosts or ("h1",)), **more}
         spec["argv"][0] = sys.executable
         spec["metadata"] = {"kernel_provisioner": {"provisioner_name": "distributed-provisioner", "config": config}}
         folder = installation.jupyter.data_dir / "kernels" / "far"
@@ -102,6 +102,14 @@ def test_a_life_through_ssh_alone(kernel: Callable[..., Any]) -> None:
         assert "42" in used.run("x * 7")
         used.restart()
         assert "NameError" in used.run("x")
+
+
+def test_limits_hold_after_a_restart_too(kernel: Callable[..., Any]) -> None:
+    processor = min(os.sched_getaffinity(0))
+    with kernel(nice=3, cpu_affinity=str(processor), memory_limit="8Gi", load_balancing_algorithm="least-load") as used:
+        for _ in range(2):
+            assert used.run("import os; print(os.nice(0), os.sched_getaffinity(0))").strip() == f"3 {{{processor}}}"
+            used.restart()
 
 
 @pytest.mark.parametrize("host", ["h2", "h3"])

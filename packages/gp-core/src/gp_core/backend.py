@@ -215,6 +215,13 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
             return handle
         return {"kernel_id": request.kernel_id}
 
+    def kernel_command(self, argv: Sequence[str]) -> Sequence[str]:
+        """Return what `launch` makes of ``request.argv``, for a restart inside the launcher.
+
+        For a backend that puts limits around it, for example; the default changes nothing.
+        """
+        return argv
+
     async def adopt(self, handle: Handle, listener: tuple[str, int]) -> None:
         """Prepare for the launcher of a kernel that this process has taken over from another one.
 

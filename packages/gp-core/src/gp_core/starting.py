@@ -174,7 +174,9 @@ class Start:
         kernel.record.run += 1
         kernel.record.state = "starting"
         kernel.tell(Event.RESTARTING)
-        argv = request.argv if request.wrapped else None  # else it is the launcher's own, which knows the kernel's
+        argv = (
+            kernel.backend.kernel_command(request.argv) if request.wrapped else None
+        )  # else it is the launcher's own, which knows the kernel's
         message = protocol.restart(kernel.record.run, env=request.env, argv=argv, cwd=request.cwd)
         try:
             if kernel.relay is not None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from traitlets import CaselessStrEnum, Dict, List, Unicode, Union
+from traitlets import CaselessStrEnum, Dict, Int, List, Unicode, Union
 
 from gp_core import (
     Backend,
@@ -35,8 +35,9 @@ from gp_core.store import file_name
 from gp_launchers.options import addresses
 
 from .connection import ConnectionFailed
-from .host import Launcher, RemoteHost, known
+from .host import Launcher, RemoteHost, ask_all, known
 from .hosts import Entry, entries
+from .limits import limited
 
 ENDED = Reason("LauncherEnded", "Read the kernel's log (jupyter gp logs); a host that was rebooted loses its kernels.")
 NO_HOST = Reason("NoHost", "Every host of this kernelspec failed; what each of them said is above.")
@@ -82,6 +83,13 @@ class SshBackend(Backend):
         "GP_SSH_CALLBACK",
     )
     ssh_config = from_env(Unicode(help="Configuration of ssh. Default: the user's own."), "GP_SSH_CONFIG")
+
+    nice = Int(0, min=0, max=19, help="How far others come first on the host.").tag(config=True)
+    cpu_affinity = Unicode(help="Processors that a kernel may use, such as 0-3,8. Default: all.").tag(config=True)
+    memory_limit = Unicode(help="Memory that a kernel may have, such as 4Gi. Default: no limit.").tag(config=True)
+
+    def kernel_command(self, argv: Sequence[str]) -> Sequence[str]:
+        return limited(argv, nice=self.nice, cpu_affinity=self.cpu_affinity, memory_limit=self.memory_limit)
 
     async def launch(self, request: LaunchRequest) -> Handle:
         if not request.wrapped:
@@ -135,7 +143,7 @@ class SshBackend(Backend):
             asked = {
                 "installation": self.installation,
                 "kernel_id": request.kernel_id,
-                "arguments": [*request.launcher_arguments(dial_first=first), "--", *request.argv],
+                "arguments": [*request.launcher_arguments(dial_first=first), "--", *self.kernel_command(request.argv)],
                 "secrets": request.secrets["GP_LAUNCH_SECRETS"],
             }
             return {**handle, "note": await host.start(launcher, asked)}
@@ -220,11 +228,7 @@ class SshBackend(Backend):
     # -- hosts
 
     async def _host(self, entry: Entry) -> RemoteHost:
-        key = (entry, self.ssh_config, self.remote_python)
-        if key not in known().hosts:
-            line = await known().pool.line(entry, self.ssh_config)
-            known().hosts.setdefault(key, RemoteHost(line, self.remote_python))
-        return known().hosts[key]
+        return await known().host(entry, self.ssh_config, self.remote_python)
 
     async def _host_of(self, handle: Handle) -> RemoteHost:
         named = {one.text: one for one in map(Entry.read, self.remote_hosts)}
@@ -232,16 +236,8 @@ class SshBackend(Backend):
 
     async def _ask_all(self, question: str, asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Ask every host; those that do not answer are left out, but if none does that is an error."""
-        every = list({one.text: one for one in map(Entry.read, self.remote_hosts)}.values())
-
-        async def of(entry: Entry) -> dict[str, Any]:
-            return await (await self._host(entry)).ask(question, asked)
-
-        said: Sequence[Any] = await asyncio.gather(*map(of, every), return_exceptions=True)
-        good = {one.text: answer for one, answer in zip(every, said, strict=True) if isinstance(answer, dict)}
-        if every and not good:
-            raise BackendError("; ".join(str(answer).splitlines()[0] for answer in said))
-        return good
+        every = {one.text: self._host(one) for one in map(Entry.read, self.remote_hosts)}
+        return await ask_all(every, question, asked)
 
 
 @hookimpl

@@ -13,7 +13,7 @@ import os
 import secrets
 import shlex
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -271,6 +271,14 @@ class Known:
     ledger: Ledger = field(default_factory=Ledger)
     hosts: dict[tuple[Entry, str, str], RemoteHost] = field(default_factory=dict)
 
+    async def host(self, entry: Entry, ssh_config: str, python: str) -> RemoteHost:
+        """Return a host; nobody may have been there yet."""
+        key = (entry, ssh_config, python)
+        if key not in self.hosts:
+            line = await self.pool.line(entry, ssh_config)
+            self.hosts.setdefault(key, RemoteHost(line, python))
+        return self.hosts[key]
+
 
 @functools.lru_cache(maxsize=1)
 def _known(pid: int) -> Known:
@@ -280,6 +288,25 @@ def _known(pid: int) -> Known:
 def known() -> Known:
     """Return what this process knows; a forked child begins anew, for it has none of the threads."""
     return _known(os.getpid())
+
+
+async def ask_all(
+    hosts: Mapping[str, Awaitable[RemoteHost]], question: str, asked: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Ask hosts at the same time; return the answers by the names of the hosts that gave one.
+
+    Raises:
+        BackendError: None did.
+    """
+
+    async def of(host: Awaitable[RemoteHost]) -> dict[str, Any]:
+        return await (await host).ask(question, asked)
+
+    said = await asyncio.gather(*map(of, hosts.values()), return_exceptions=True)
+    good = {name: answer for name, answer in zip(hosts, said, strict=True) if isinstance(answer, dict)}
+    if hosts and not good:
+        raise BackendError("; ".join(str(answer).splitlines()[0] for answer in said))
+    return good
 
 
 def _search(candidates: Sequence[str]) -> str:
