@@ -6,14 +6,17 @@ import contextlib
 import json
 import os
 import pwd
+import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from clusters.availability import offer
+from clusters.availability import Unavailable, offer
 from clusters.sshd import Sshd
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
@@ -23,7 +26,7 @@ from support.driven import Driven, driven
 from support.installation import Installation, wait_until
 
 from gp_core.cli import main
-from gp_core.errors import LaunchFailed
+from gp_core.errors import LaunchDenied, LaunchFailed
 from gp_core.testing import BackendContract
 from gp_ssh.backend import SshBackend
 
@@ -80,10 +83,12 @@ def kernel(
     monkeypatch.setenv("GP_RESPONSE_IP", "192.0.2.1")
     monkeypatch.setenv("GP_SSH_CONFIG", str(sshd.config))
 
-    def started(*hosts: str, start: bool = True, **more: Any) -> AbstractContextManager[Driven]:
+    def started(
+        *hosts: str, start: bool = True, argv: Sequence[str] = (), **more: Any
+    ) -> AbstractContextManager[Driven]:
         spec = json.loads((ipykernel_spec / "kernel.json").read_text())
         config = {"remote_hosts": list(hosts or ("h1",)), **more}
-        spec["argv"][0] = sys.executable
+        spec["argv"] = list(argv) or [sys.executable, *spec["argv"][1:]]
         spec["metadata"] = {"kernel_provisioner": {"provisioner_name": "distributed-provisioner", "config": config}}
         folder = installation.jupyter.data_dir / "kernels" / "far"
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +115,110 @@ def test_limits_hold_after_a_restart_too(kernel: Callable[..., Any]) -> None:
         for _ in range(2):
             assert used.run("import os; print(os.nice(0), os.sched_getaffinity(0))").strip() == f"3 {{{processor}}}"
             used.restart()
+
+
+# -- other users
+
+PLAIN_KERNEL = """
+import json, os, socket, sys, time
+info, kept = json.load(open(sys.argv[1])), []
+for name in ("shell", "iopub", "stdin", "control", "hb"):
+    ipc = info["transport"] == "ipc"
+    kept.append(socket.socket(socket.AF_UNIX if ipc else socket.AF_INET))
+    kept[-1].bind("%s-%d" % (info["ip"], info[name + "_port"]) if ipc else (info["ip"], info[name + "_port"]))
+    kept[-1].listen()
+with open(os.path.expanduser("~/who"), "w") as file:
+    file.write("%d %d" % (os.getuid(), os.getpid()))
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def other() -> Iterator[pwd.struct_passwd]:
+    """Another user of the host."""
+    name = f"gpt{os.getpid()}"
+
+    def made() -> pwd.struct_passwd:
+        if shutil.which("sudo") is None:
+            raise Unavailable("needs: apt-get install sudo")
+        if os.geteuid() != 0:
+            raise Unavailable("needs: root, to make a user")
+        subprocess.run(["useradd", "--create-home", name], check=True)
+        return pwd.getpwnam(name)
+
+    user = offer("sudo", made)
+    try:
+        yield user
+    finally:
+        subprocess.run(["userdel", "--force", "--remove", name], check=False, capture_output=True)
+
+
+@pytest.fixture
+def as_user(kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Start a kernel as some user of the host; it needs the host's own Python only."""
+
+    def started(name: str, **more: Any) -> AbstractContextManager[Driven]:
+        monkeypatch.setenv("GP_IMPERSONATION_ENABLED", "1")
+        monkeypatch.setenv("GP_USER_SOURCE", "env:GP_TEST_USER")
+        monkeypatch.setenv("GP_TEST_USER", name)
+        argv = ["/usr/bin/python3", "-c", PLAIN_KERNEL, "{connection_file}"]
+        return cast(AbstractContextManager[Driven], kernel(start=False, argv=argv, **more))
+
+    return started
+
+
+def test_a_kernel_of_another_user(as_user: Callable[..., Any], other: pwd.struct_passwd) -> None:
+    who = Path(other.pw_dir, "who")
+    with as_user(other.pw_name) as used:
+        used.do(used.manager.start_kernel())
+        uid, pid = map(int, who.read_text().split())
+        assert uid == other.pw_uid
+        assert Path(f"/proc/{pid}").stat().st_uid == other.pw_uid
+        assert Path(other.pw_dir, ".cache/gp").stat().st_uid == other.pw_uid
+        assert used.alive
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not used.alive, 15)
+        used.do(used.manager.restart_kernel(now=True))
+        assert int(who.read_text().split()[1]) != pid
+        used.do(used.manager.shutdown_kernel(now=True))
+    wait_until(lambda: not processes_of(other.pw_uid), 15)
+
+
+def processes_of(uid: int) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and entry.stat().st_uid == uid:
+                found.append((entry / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gp-nobody-of-that-name", "ImpersonationFailed"),
+        ("root", "unauthorized_users"),
+        ("$(touch canary)", "cannot be a user"),
+        ("a b", "cannot be a user"),
+    ],
+)
+def test_users_that_no_kernel_may_run_as(
+    as_user: Callable[..., Any], other: pwd.struct_passwd, name: str, reason: str
+) -> None:
+    with pytest.raises((LaunchFailed, LaunchDenied), match=reason), as_user(name) as used:
+        used.do(used.manager.start_kernel())
+
+
+def test_a_user_whose_number_is_prohibited(as_user: Callable[..., Any], other: pwd.struct_passwd) -> None:
+    with (
+        pytest.raises(LaunchFailed, match="UserProhibited"),
+        as_user(other.pw_name, prohibited_uids=[other.pw_uid]) as used,
+    ):
+        used.do(used.manager.start_kernel())
+    assert not processes_of(other.pw_uid)
+
+
+# -- other hosts
 
 
 @pytest.mark.parametrize("host", ["h2", "h3"])

@@ -26,7 +26,13 @@ from gp_ssh.host import Launcher, RemoteHost
 from gp_ssh.hosts import Entry, Target, entries
 
 SLEEPER = b"import sys, time\nprint('got', len(sys.stdin.read()), sys.argv[2:], flush=True)\ntime.sleep(60)\n"
-ASKED = {"installation": "i1", "kernel_id": "k1", "arguments": ["a b", "$(id)"], "secrets": "s" * 100_000}
+ASKED = {
+    "installation": "i1",
+    "kernel_id": "k1",
+    "arguments": ["a b", "$(id)"],
+    "prohibited": [],
+    "secrets": "s" * 100_000,
+}
 
 
 class Here:

@@ -12,7 +12,7 @@ import enum
 import os
 import random
 from abc import ABCMeta, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -113,6 +113,8 @@ class LaunchRequest(KernelInfo):
         cwd: Working directory on the far side, if it exists there.
         submit: "api": the backend creates the job and ``command()`` runs inside; "script": argv runs here and submits.
         impersonate: The kernel has to run as ``user``; only a backend that ``impersonates`` is asked.
+        prohibited_uids: What that user must not be, which only the far side knows.
+        prohibited_gids: Likewise.
         parameters: Typed values that the user chose, already checked.
         port_range: Where the kernel may listen.
         launcher_file: The launcher on this machine as one executable zip file.
@@ -127,6 +129,8 @@ class LaunchRequest(KernelInfo):
     cwd: str | None = None
     submit: Literal["api", "script"] = "api"
     impersonate: bool = False
+    prohibited_uids: Collection[int] = (0,)
+    prohibited_gids: Collection[int] = (0,)
     parameters: Mapping[str, Any] = field(default_factory=dict)
     port_range: PortRange = field(default_factory=PortRange)
     launcher_file: Path = Path("gp-launcher.pyz")

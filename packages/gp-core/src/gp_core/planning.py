@@ -124,6 +124,8 @@ class Planner:
             cwd=text(kwargs["cwd"]) if kwargs.get("cwd") else env.get("KERNEL_WORKING_DIR"),
             submit=self.options.submit or ("api" if wrapped else "script"),
             impersonate=policy.impersonation_enabled,
+            prohibited_uids=policy.prohibited_uids,
+            prohibited_gids=policy.prohibited_gids,
             parameters=parameters,
             port_range=policy.port_range,
             launcher_file=self.server.launcher_file,

@@ -20,6 +20,7 @@ from gp_core import (
     Finding,
     Handle,
     Host,
+    LaunchDenied,
     LaunchFailed,
     LaunchRequest,
     Reason,
@@ -36,7 +37,7 @@ from gp_launchers.options import addresses
 
 from .connection import ConnectionFailed
 from .host import Launcher, RemoteHost, ask_all, known
-from .hosts import Entry, entries
+from .hosts import USER, Entry, entries
 from .limits import limited
 
 ENDED = Reason("LauncherEnded", "Read the kernel's log (jupyter gp logs); a host that was rebooted loses its kernels.")
@@ -53,6 +54,7 @@ class SshBackend(Backend):
     """Kernels on a set of hosts."""
 
     name = "ssh"
+    impersonates = True
     poll_interval = (0.5, 10.0)
 
     remote_hosts = from_env(
@@ -98,6 +100,8 @@ class SshBackend(Backend):
                 "connections: bring it along by jupyter gp install --from"
             )
         file_name(request.kernel_id)  # over there, too
+        if request.impersonate and not USER.fullmatch(request.user):
+            raise LaunchDenied(f"kernel {request.kernel_id}: {request.user!r} cannot be a user of a host")
         failures: list[str] = []
         able = entries(self.remote_hosts, self.host_selector)
         while able:
@@ -106,7 +110,8 @@ class SshBackend(Backend):
                 handle = await self._start(entry, request)
             except BackendError as error:
                 known().ledger.ended(request.kernel_id)
-                known().ledger.failed(entry.text, time.monotonic())
+                if getattr(error, "of_host", True):
+                    known().ledger.failed(entry.text, time.monotonic())
                 failures.append(str(error))
                 if len(self.remote_hosts) == 1 and isinstance(error, ConnectionFailed):
                     raise error.as_failure(request.kernel_id) from None
@@ -133,8 +138,9 @@ class SshBackend(Backend):
             return math.inf
 
     async def _start(self, entry: Entry, request: LaunchRequest) -> Handle:
-        host, launcher = await self._host(entry), await Launcher.read(request.launcher_file)
-        handle: Handle = {"kernel_id": request.kernel_id, "host": entry.text}
+        user = request.user if request.impersonate else ""
+        host, launcher = await self._host(entry, user), await Launcher.read(request.launcher_file)
+        handle: Handle = {"kernel_id": request.kernel_id, "host": entry.text, "user": user}
         first = ""
         try:
             if await self._calls_through_ssh(host, request):
@@ -144,6 +150,7 @@ class SshBackend(Backend):
                 "installation": self.installation,
                 "kernel_id": request.kernel_id,
                 "arguments": [*request.launcher_arguments(dial_first=first), "--", *self.kernel_command(request.argv)],
+                "prohibited": [list(request.prohibited_uids), list(request.prohibited_gids)] if user else [],
                 "secrets": request.secrets["GP_LAUNCH_SECRETS"],
             }
             return {**handle, "note": await host.start(launcher, asked)}
@@ -227,12 +234,12 @@ class SshBackend(Backend):
 
     # -- hosts
 
-    async def _host(self, entry: Entry) -> RemoteHost:
-        return await known().host(entry, self.ssh_config, self.remote_python)
+    async def _host(self, entry: Entry, user: str = "") -> RemoteHost:
+        return await known().host(entry, self.ssh_config, self.remote_python, user)
 
     async def _host_of(self, handle: Handle) -> RemoteHost:
         named = {one.text: one for one in map(Entry.read, self.remote_hosts)}
-        return await self._host(named.get(handle["host"]) or Entry.read(handle["host"]))
+        return await self._host(named.get(handle["host"]) or Entry.read(handle["host"]), handle.get("user", ""))
 
     async def _ask_all(self, question: str, asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """Ask every host; those that do not answer are left out, but if none does that is an error."""

@@ -45,10 +45,17 @@ NOT_ADMITTED = Reason(
 
 
 class ConnectionFailed(BackendError):
-    """A host cannot be reached or does not let us in; holds a typed reason."""
+    """A host cannot be reached or does not let us in; holds a typed reason.
 
-    def __init__(self, text: str, reason: Reason) -> None:
+    Args:
+        text: What happened.
+        reason: Typed.
+        of_host: It concerns all kernels on the host.
+    """
+
+    def __init__(self, text: str, reason: Reason, *, of_host: bool = True) -> None:
         super().__init__(f"{text} [{reason.code}]\n{reason.advice}")
+        self.of_host = of_host
         self.text = text
         self.reason = reason
 

@@ -113,6 +113,8 @@ def reach(request: Request, more: bytes) -> Request:
 
 def start(request: Request, more: bytes) -> Request:
     """Start a launcher that outlives this script; ``more`` is the launcher's file if the server knows of none here."""
+    if request["prohibited"] and (os.getuid() in request["prohibited"][0] or prohibited_groups(request)):
+        return {"prohibited": f"uid {os.getuid()}, groups {sorted(groups())}"}
     path = os.path.join(folder("launchers"), request["launcher"])
     if more:
         put(path, more, request["sha256"])
@@ -136,6 +138,14 @@ def start(request: Request, more: bytes) -> Request:
     with os.fdopen(given, "wb") as pipe:  # last: a launcher without a note ends for want of secrets
         pipe.write(request["secrets"].encode())
     return {"note": note}
+
+
+def groups() -> set[int]:
+    return {os.getgid(), *os.getgroups()}
+
+
+def prohibited_groups(request: Request) -> set[int]:
+    return groups().intersection(request["prohibited"][1])
 
 
 def put(path: str, data: bytes, sha256: str = "") -> None:

@@ -44,6 +44,13 @@ SHORTEST, LONGEST = 1.0, 15.0  # seconds until the next attempt to mend it
 LOAD_HOLDS, LOAD_WITHIN = 2.0, 5.0  # seconds for which an answer is good, and may take
 TOGETHER = 0.02  # seconds in which questions for the state of kernels are gathered into one
 NO_PYTHON = Reason("NoPython", "Install Python 3.8 or newer on the host, or say where it is by remote_python.")
+NO_SUDO = Reason(
+    "ImpersonationFailed",
+    "Let the user of the ssh connection become the kernel's without a password (NOPASSWD in sudoers of the host).",
+)
+DENIED = Reason(
+    "UserProhibited", "Choose another user, or have the operator look at prohibited_uids and prohibited_gids."
+)
 FAR_FAILED = Reason("HostFailed", "The host's own message is above; often its disk is full or the home is read-only.")
 
 
@@ -88,10 +95,12 @@ class RemoteHost:
     Args:
         line: The way there.
         python: Interpreter to use; empty: the first of `CANDIDATES` that is there.
+        user: Whom to become there by sudo, for everything; empty: nobody else.
     """
 
-    def __init__(self, line: Line, python: str = "") -> None:
+    def __init__(self, line: Line, python: str = "", user: str = "") -> None:
         self.line = line
+        self.user = user
         self.facts: Facts | None = None
         self._python = python
         self._reached: dict[tuple[tuple[str, int], ...], bool] = {}
@@ -164,6 +173,10 @@ class RemoteHost:
         asked = {**request, "launcher": launcher.name, "sha256": launcher.sha256}
         for more in (b"", launcher.data):
             answer = await self.ask("start", asked, more)
+            if "prohibited" in answer:
+                raise ConnectionFailed(
+                    f"no kernel may run as {self.user} of {self.name}: {answer['prohibited']}", DENIED
+                )
             if "note" in answer:
                 note: dict[str, Any] = answer["note"]
                 return note
@@ -251,7 +264,10 @@ class RemoteHost:
         mark = secrets.token_hex(8)
         asked = json.dumps({**request, "ask": question, "mark": mark}).encode()
         data = b"%d %d %d\n" % (len(SCRIPT), len(asked), len(more)) + SCRIPT + asked + more
-        done = await self.line.run(line.replace("@mark@", mark), data)
+        line = line.replace("@mark@", mark)
+        if self.user:
+            line = f"exec sudo -n -H -u {shlex.quote(self.user)} -- /bin/sh -c {shlex.quote(line)}"
+        done = await self.line.run(line, data)
         for text in done.output.decode("utf-8", "replace").splitlines():  # login shells print whatever they like
             if text.startswith(mark):
                 answer: dict[str, Any] = json.loads(text[len(mark) :])
@@ -260,6 +276,9 @@ class RemoteHost:
                 return answer
         self.facts = None  # its Python may have gone: look again
         said = (done.errors or done.output).decode("utf-8", "replace").strip()
+        if self.user and "sudo" in said:
+            text = f"{self.name} does not let us run kernels as {self.user}: {said[-500:]}"
+            raise ConnectionFailed(text, NO_SUDO, of_host=False)
         raise BackendError(f"{self.name} gave no answer (exit code {done.code}): {said[-500:]}")
 
 
@@ -269,14 +288,14 @@ class Known:
 
     pool: Pool = field(default_factory=Pool)
     ledger: Ledger = field(default_factory=Ledger)
-    hosts: dict[tuple[Entry, str, str], RemoteHost] = field(default_factory=dict)
+    hosts: dict[tuple[Entry, str, str, str], RemoteHost] = field(default_factory=dict)
 
-    async def host(self, entry: Entry, ssh_config: str, python: str) -> RemoteHost:
+    async def host(self, entry: Entry, ssh_config: str, python: str, user: str) -> RemoteHost:
         """Return a host; nobody may have been there yet."""
-        key = (entry, ssh_config, python)
+        key = (entry, ssh_config, python, user)
         if key not in self.hosts:
             line = await self.pool.line(entry, ssh_config)
-            self.hosts.setdefault(key, RemoteHost(line, python))
+            self.hosts.setdefault(key, RemoteHost(line, python, user))
         return self.hosts[key]
 
 

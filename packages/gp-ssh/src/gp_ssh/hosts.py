@@ -14,6 +14,7 @@ from typing import Any
 from gp_core import ConfigError, Host, blocking, run_command
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:%-]*")  # of a host or user; never an option of ssh, never shell syntax
+USER = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")  # that sudo may be told: a name and no number
 ADDRESS = re.compile(
     r"(?:(?P<user>[^@]+)@)?(?:\[(?P<six>[^]]+)\]|(?P<host>[^:]+|[^@:]*:[^@]*:[^@]*?))(?::(?P<port>\d+))?"
 )
