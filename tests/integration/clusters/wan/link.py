@@ -82,7 +82,7 @@ class Link:
             os.close(near)
         try:
             self._heard()
-            network = _free_network()
+            network = free_network()
             self.near, self.far = f"{network[1]}", f"{network[2]}"
             _run("ip", "address", "add", f"{self.near}/24", "dev", self._device)
             _run("ip", "link", "set", self._device, "up")
@@ -170,7 +170,7 @@ class Link:
         return heard
 
 
-def _free_network() -> ipaddress.IPv4Network:
+def free_network() -> ipaddress.IPv4Network:
     """Return a network that no device of this side has; runs at the same time begin to look at different places."""
     told = subprocess.run(["ip", "-json", "-4", "address"], check=True, capture_output=True, text=True).stdout
     used = {ipaddress.ip_address(one["local"]) for device in json.loads(told) for one in device["addr_info"]}
