@@ -3,7 +3,7 @@
 Environment of a test run:
 
 - `GP_TEST_REQUIRE`: names, separated by commas, whose absence is a failure and not a skip; `all` for all.
-  They are the names given to `require` and `offer`: slurm, ssh, wan, irkernel, jjava, xeus-python,
+  They are the names given to `require` and `offer`: slurm, ssh, sudo, wan, irkernel, jjava, xeus-python,
   gateway-provisioners, chromium.
 - `GP_TEST_SLURM_CONF`: the slurm.conf of a cluster to use instead of one of our own.
 - `GP_TEST_PAUSE`: seconds for which a client of a relayed kernel reads nothing (default: 15).

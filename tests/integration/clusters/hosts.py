@@ -21,7 +21,7 @@ from clusters.availability import Unavailable
 from clusters.sshd import SSHD
 from clusters.wan.link import free_network
 
-TOOLS = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"}
+TOOLS = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux", "ps": "procps"}
 HOME = "/home/gp"
 STARTED = 20.0
 """Seconds for a host to come up, on a busy machine."""
@@ -73,6 +73,7 @@ class Host:
                     *("--fork", "--kill-child=KILL", "--propagation", "private"),
                     *("bash", "-c", f"read -r _; {script}", "boot", str(self._folder), self.name),
                 ],
+                env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},  # of no test's gp
                 stdin=subprocess.PIPE,
                 stdout=console,
                 stderr=console,
