@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -112,6 +113,23 @@ def test_a_launcher_is_started_looked_at_and_ended(home: Path, launcher: Launche
         files = [path for path in home.rglob("*") if path.is_file()]
         assert all(path.stat().st_mode & 0o077 == 0 for path in files)
         assert not any("sss" in path.read_text(errors="replace") for path in files), "secrets are in no file"
+
+    runtime().submit(life()).result(60)
+
+
+def test_notes_from_before_a_reboot_go_and_those_of_other_hosts_stay(home: Path, launcher: Launcher) -> None:
+    async def life() -> None:
+        line: Any = Here(home)
+        host = RemoteHost(line, sys.executable)
+        note = await host.start(launcher, ASKED)
+        await host.ask("kill", {"note": note, "signal": int(signal.SIGKILL)})
+        folder = home / ".cache/gp/kernels/i1"
+        for name, changes in {"old": {"boot": "another"}, "elsewhere": {"boot": "another", "host": "h9"}}.items():
+            (folder / f"{name}.json").write_text(json.dumps({**note, "kernel_id": name, **changes}))
+        while await host.runs(note):
+            await asyncio.sleep(0.05)
+        assert await host.ask("discover", {"installation": "i1"}) == {"notes": []}
+        assert [path.name for path in folder.iterdir()] == ["elsewhere.json"]
 
     runtime().submit(life()).result(60)
 

@@ -133,7 +133,13 @@ def start(request: Request, more: bytes) -> Request:
             start_new_session=True,
         )
     os.close(secrets)
-    note = {"kernel_id": request["kernel_id"], "pid": process.pid, "boot": boot_id(), "started": started(process.pid)}
+    note = {
+        "kernel_id": request["kernel_id"],
+        "pid": process.pid,
+        "started": started(process.pid),
+        "boot": boot_id(),
+        "host": os.uname()[1],
+    }
     put(note_path(request["installation"], request["kernel_id"]), json.dumps(note).encode())
     with os.fdopen(given, "wb") as pipe:  # last: a launcher without a note ends for want of secrets
         pipe.write(request["secrets"].encode())
@@ -215,7 +221,7 @@ def discover(request: Request, more: bytes) -> Request:
             continue
         if is_there(note):
             found.append(note)
-        elif note["boot"] == boot_id():  # else it may be another host's that has the same home
+        elif note["host"] == os.uname()[1]:  # else it may be another host's that has the same home
             remove(path)
     return {"notes": found}
 

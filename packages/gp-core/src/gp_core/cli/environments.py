@@ -122,18 +122,18 @@ class Environments:
 
     def _renew(self, spec: Kernelspec, found: Sequence[Environment]) -> str:
         made = renewed(spec, found)
-        if made is None:
-            self._specs.remove_kernel_spec(spec.name)
-            return "removed"
-        if made.spec == dict(spec.spec):
-            return "kept"
         assert spec.folder is not None
-        path = Path(spec.folder, "kernel.json")
         try:
-            path.write_text(json.dumps(made.spec, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            if made is None:
+                self._specs.remove_kernel_spec(spec.name)
+                return "removed"
+            if made.spec == dict(spec.spec):
+                return "kept"
+            text = json.dumps(made.spec, indent=1, ensure_ascii=False)
+            Path(spec.folder, "kernel.json").write_text(text + "\n", encoding="utf-8")
+            return "updated"
         except OSError as error:
-            raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
-        return "updated"
+            raise ConfigError(f"{spec.folder} cannot be changed: {error.strerror}") from None
 
     def _told(self, looked: Looked, *, asked: bool) -> int:
         failed = {where: str(error) for where, error in looked.items() if isinstance(error, GPError)}
