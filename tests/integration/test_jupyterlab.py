@@ -6,16 +6,20 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support.installation import Installation
+from clusters.availability import offer
+from clusters.hosts import HOME, Host, SshHosts
+from support.installation import Installation, wait_until
 from support.line import Line
-from support.servers import jupyter_lab, lab_behind_gateway
+from support.servers import Server, jupyter_lab, lab_behind_gateway
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -71,24 +75,33 @@ def lab(
     request: pytest.FixtureRequest, browser: Browser, installation: Installation, ipykernel_spec: Path, artifacts: Path
 ) -> Iterator[Lab]:
     """JupyterLab whose kernels are children of its server, or of a gateway that it is told of."""
-    from support.labpage import LabPage
-
-    shots = artifacts / "jupyterlab" / request.node.name
-    shutil.rmtree(shots, ignore_errors=True)
-    shots.mkdir(parents=True)
     ipykernel = json.loads((ipykernel_spec / "kernel.json").read_text())["argv"]
     for name, argv in {REMOTE: ipykernel, **{name: argv for name, (argv, _) in CANNOT_START.items()}}.items():
         spec = {"argv": argv, "display_name": name}
         installation.jupyter.install_spec(name.lower().replace(" ", "-"), spec)
-    with Line().opened() as line, RUN[request.param](installation, env=line.env) as server:
-        context = browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-US")
-        page = LabPage(context.new_page(), shots)
-        try:
-            page.open(server.url, server.token)
-            yield Lab(page, line)
-        finally:
-            page.keep("end")
-            context.close()
+    with (
+        Line().opened() as line,
+        RUN[request.param](installation, env=line.env) as server,
+        shown(browser, server, artifacts / "jupyterlab" / request.node.name) as page,
+    ):
+        yield Lab(page, line)
+
+
+@contextmanager
+def shown(browser: Browser, server: Server, shots: Path) -> Iterator[LabPage]:
+    """Show JupyterLab's page, and keep screenshots in a folder."""
+    from support.labpage import LabPage
+
+    shutil.rmtree(shots, ignore_errors=True)
+    shots.mkdir(parents=True)
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, locale="en-US")
+    page = LabPage(context.new_page(), shots)
+    try:
+        page.open(server.url, server.token)
+        yield page
+    finally:
+        page.keep("end")
+        context.close()
 
 
 def test_a_cell_interrupt_restart_and_death(lab: Lab) -> None:
@@ -167,3 +180,39 @@ def test_the_reason_of_a_failed_start_is_shown(lab: Lab) -> None:
         page.accept()
     page.change_kernel(REMOTE)
     assert page.run("6*7") == "42"
+
+
+# -- kernels on a host
+
+
+@pytest.fixture
+def host(installation: Installation, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    """A host with an environment called science, which nobody has looked at; it cannot dial this machine."""
+    hosts = SshHosts("")
+    try:
+        offer("ssh", hosts.up)
+        hosts["h1"].inside("ln", "-s", sys.prefix, f"{HOME}/science")
+        monkeypatch.setenv("GP_SSH_CONFIG", str(hosts.config))
+        monkeypatch.setenv("GP_RESPONSE_IP", "192.0.2.1")
+        yield hosts["h1"]
+    finally:
+        hosts.down()
+
+
+def test_a_kernel_that_was_discovered_on_a_host(
+    browser: Browser, installation: Installation, host: Host, artifacts: Path
+) -> None:
+    command = (sys.executable, "-m", "jupyter", "gp", "install", "ssh", "--host", "h1", "--discover", "h1-science")
+    subprocess.run(command, check=True)
+    with jupyter_lab(installation) as server, shown(browser, server, artifacts / "jupyterlab/discovered") as page:
+        page.keep("launcher")
+        page.new_notebook(f"Python {sys.version_info[0]}.{sys.version_info[1]} (science) @ h1")
+        assert page.run("import os; print(os.uname().nodename, os.environ['VIRTUAL_ENV'])") == f"h1 {HOME}/science"
+        cell = page.start(ENDLESS)
+        page.wait_for_output(cell, "running")
+        page.interrupt()
+        page.wait_for_end(cell)
+        page.restart()
+        assert page.run("6*7") == "42"
+        page.keep("result")
+    wait_until(lambda: not host.processes(), 20)
