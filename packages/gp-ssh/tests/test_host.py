@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from gp_core import BackendError, LaunchRequest
+from gp_core import BackendError, Host, LaunchRequest
 from gp_core.runtime import runtime
 from gp_ssh import far
 from gp_ssh import host as host_module
 from gp_ssh.backend import SshBackend
 from gp_ssh.connection import COMMAND, Answer, ConnectionFailed
-from gp_ssh.host import Launcher, RemoteHost
+from gp_ssh.host import Launcher, RemoteHost, known
 from gp_ssh.hosts import Entry, Target, entries
 
 SLEEPER = b"import sys, time\nprint('got', len(sys.stdin.read()), sys.argv[2:], flush=True)\ntime.sleep(60)\n"
@@ -196,10 +196,30 @@ def test_the_host_with_the_least_load_gets_the_kernel(monkeypatch: pytest.Monkey
     backend = SshBackend(remote_hosts=["h1", "h2", "h3"], load_balancing_algorithm="least-load")
     loads = {"h1": 0.9, "h2": 0.1, "h3": math.inf}
 
-    async def load(self: SshBackend, entry: Entry) -> float:
-        return loads[entry.text]
+    class Loaded:
+        def __init__(self, entry: Entry) -> None:
+            self._name = entry.text
 
-    monkeypatch.setattr(SshBackend, "_load", load)
+        async def load(self) -> float:
+            return loads[self._name]
+
+    async def host(self: SshBackend, entry: Entry) -> Loaded:
+        return Loaded(entry)
+
+    monkeypatch.setattr(SshBackend, "_host", host)
     request = LaunchRequest(kernel_id="k1", kernel_name="python3", user="me", backend="ssh", argv=["x"])
     chosen = runtime().submit(backend._chosen(entries(backend.remote_hosts, {}), request)).result(10)
     assert chosen.text == "h2"
+
+
+def test_kernels_that_were_taken_over_count() -> None:
+    backend = SshBackend(remote_hosts=["t1", "t2"], load_balancing_algorithm="least-connection")
+    for number in range(3):
+        handle = {"kernel_id": f"taken{number}", "host": "t1", "note": {}}
+        runtime().submit(backend.adopt(handle, ("127.0.0.1", 1))).result(10)
+    try:
+        counts = {host.name: host.kernels for host in known().ledger.usable([Host("t1"), Host("t2")], 0)}
+        assert counts == {"t1": 3, "t2": 0}
+    finally:
+        for number in range(3):
+            known().ledger.ended(f"taken{number}")

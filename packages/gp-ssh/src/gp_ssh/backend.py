@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import signal as signals
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,7 +35,7 @@ from gp_core.store import file_name
 from gp_launchers.options import addresses
 
 from .connection import ConnectionFailed
-from .host import Launcher, RemoteHost, ask_all, known
+from .host import Launcher, RemoteHost, ask_all, known, load_of
 from .hosts import USER, Entry, entries
 from .limits import limited
 
@@ -126,16 +125,10 @@ class SshBackend(Backend):
     async def _chosen(self, able: Mapping[str, Entry], request: LaunchRequest) -> Entry:
         hosts = [Host(entry.text, entry.weight) for entry in able.values()]
         if wants_load(self.load_balancing_algorithm):
-            loads = await asyncio.gather(*map(self._load, able.values()))
+            loads = await asyncio.gather(*(load_of(self._host(entry)) for entry in able.values()))
             hosts = [replace(host, load=load) for host, load in zip(hosts, loads, strict=True)]
         now, ask = time.monotonic(), plugins().select_host
         return able[select(self.load_balancing_algorithm, hosts, request, known().ledger, now=now, ask=ask)]
-
-    async def _load(self, entry: Entry) -> float:
-        try:
-            return await (await self._host(entry)).load()
-        except BackendError:  # no way there can be told
-            return math.inf
 
     async def _start(self, entry: Entry, request: LaunchRequest) -> Handle:
         user = request.user if request.impersonate else ""
@@ -164,6 +157,7 @@ class SshBackend(Backend):
         return not await host.reaches(addresses(request.response_address))
 
     async def adopt(self, handle: Handle, listener: tuple[str, int]) -> None:
+        known().ledger.started(handle["host"], handle["kernel_id"])
         if "forward" in handle:  # the port that its launcher knows
             await (await self._host_of(handle)).forward(listener, handle["kernel_id"], handle["forward"])
 

@@ -309,6 +309,14 @@ def known() -> Known:
     return _known(os.getpid())
 
 
+async def load_of(host: Awaitable[RemoteHost]) -> float:
+    """Return `RemoteHost.load`, infinite for a host to which no way can be told."""
+    try:
+        return await (await host).load()
+    except BackendError:
+        return math.inf
+
+
 async def ask_all(
     hosts: Mapping[str, Awaitable[RemoteHost]], question: str, asked: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
