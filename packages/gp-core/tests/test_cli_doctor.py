@@ -164,6 +164,16 @@ class TestKernelspec:
         assert wrong(gp, "k")["subject"] == "host down"
         assert all(finding["ok"] for finding in examine(gp))
 
+    @pytest.mark.parametrize("name", ["far", "far-provisioner"])
+    def test_a_backend_is_checked_with_all_its_kernelspecs(self, gp: Gp, tmp_path: Path, far: Path, name: str) -> None:
+        alone = gp.json("doctor", name)["findings"]
+        assert [one["subject"] for one in alone if one["subject"].startswith("host")] == ["host localhost"]
+        write_spec(tmp_path, "one", metadata=stanza("far-provisioner", remote_hosts=["h1", "h2"]))
+        write_spec(tmp_path, "two", metadata=stanza("far-provisioner", remote_hosts=["h2", "h3"]))
+        write_spec(tmp_path, "other", metadata=stanza("twin-one-provisioner", remote_hosts=["h4"]))
+        subjects = [one["subject"] for one in gp.json("doctor", name)["findings"]]
+        assert [one for one in subjects if one.startswith("host")] == ["host h1", "host h2", "host h3"]
+
     def test_one_that_starts_locally(self, gp: Gp, tmp_path: Path) -> None:
         write_spec(tmp_path, "k")
         assert "without gp" in about(examine(gp, "k"), "kernelspec k")

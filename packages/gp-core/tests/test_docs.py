@@ -28,7 +28,7 @@ from gp_launchers.supervisor import Supervisor
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
-SOURCES = [ROOT / "packages" / name / "src" for name in ("gp-core", "gp-launchers")]
+SOURCES = sorted(ROOT.glob("packages/*/src"))
 
 if not DOCS.is_dir():
     pytest.skip("the documentation is in the repository only", allow_module_level=True)

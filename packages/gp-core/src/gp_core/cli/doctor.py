@@ -39,41 +39,53 @@ class Doctor(Command):
     tells_problems = True
     details = """\
 With KERNELSPEC only that one is checked, in detail, and its backend with its
-options. The exit code is 1 when something is not right."""
+options; with the name of a backend or provisioner, that one with all its
+kernelspecs. The exit code is 1 when something is not right."""
 
     def arguments(self, group: argparse._ArgumentGroup) -> None:
-        group.add_argument("kernelspec", nargs="?", metavar="KERNELSPEC", help="a name, or a folder with kernel.json")
+        group.add_argument(
+            "what", nargs="?", metavar="KERNELSPEC", help="a name, a folder with kernel.json, or a backend"
+        )
 
     def run(self) -> int:
         known = offers()
         findings = [*plugin_findings(), *clash_findings(provisioner_entries())]
-        names = [self.args.kernelspec] if self.args.kernelspec else sorted(self.specs.find_kernel_specs())
+        every = sorted(self.specs.find_kernel_specs())
+        what: str = self.args.what or ""
+        only = None if what.lower() in every else next((one for one in known.values() if what in _names(one)), None)
+        one_spec = what if only is None else ""
         specs: list[Kernelspec] = []
-        for name in names:
+        for name in [one_spec] if one_spec else every:
             try:
                 specs.append(read_kernelspec(self.specs, name))
             except ConfigError as error:
-                if self.args.kernelspec:
+                if one_spec:
                     raise
                 findings.append(bad(f"kernelspec {name}", str(error), "correct its kernel.json, or remove it"))
+        if only is not None:
+            specs = [spec for spec in specs if spec.provisioner == only.name]
         server = KernelServer(config=self.config)
         for spec in specs:
-            findings += spec_findings(spec, known, self.config, server, in_detail=bool(self.args.kernelspec))
-        if not self.args.kernelspec:
+            findings += spec_findings(spec, known, self.config, server, in_detail=bool(one_spec))
+        if not what:
             far = sum(spec.provisioner in known for spec in specs)
             findings.append(good("kernelspecs", f"{len(specs)} found, {far} of them started by a backend of gp"))
         findings += user_findings(server, self.config)
         findings += callback_findings(server)
         findings += folder_findings(data_folder())
-        chosen = [spec for spec in specs if spec.provisioner in known] if self.args.kernelspec else []
-        if not self.args.kernelspec or chosen:
-            findings += self.wait(backend_findings(self.config, chosen, known))
+        chosen = [spec for spec in specs if spec.provisioner in known] if what else []
+        if not one_spec or chosen:
+            findings += self.wait(backend_findings(self.config, chosen, known, only))
         well = all(finding.ok for finding in findings)
         if self.args.json:
             self.print_json({"ok": well, "findings": [asdict(finding) for finding in findings]})
         else:
             _show(findings)
         return 0 if well else 1
+
+
+def _names(one: Offer) -> tuple[str, str]:
+    return one.name, one.backend.name
 
 
 def _show(findings: Sequence[Finding]) -> None:
@@ -125,18 +137,23 @@ def clash_findings(entries: Iterable[EntryPoint]) -> list[Finding]:
 # -- backends
 
 
-async def backend_findings(config: Config, specs: Sequence[Kernelspec], known: Mapping[str, Offer]) -> list[Finding]:
-    """Ask backends to check themselves, all at once: every one, or only those of kernelspecs with their options."""
+async def backend_findings(
+    config: Config, specs: Sequence[Kernelspec], known: Mapping[str, Offer], only: Offer | None
+) -> list[Finding]:
+    """Ask backends to check themselves, all at once: every one, or those of kernelspecs with their options, or one."""
     asked: list[tuple[type[Backend], dict[str, Any]]] = [(cls, {}) for cls in plugins().backends.values()]
+    if only is not None:
+        asked = [(only.backend, {})]
     if specs:
         asked = []
         for spec in specs:
             target = known[spec.provisioner or ""]
             with contextlib.suppress(ConfigError):  # found already
                 policy = target.cls(config=config).operator_policy()
-                asked.append((target.backend, choose(spec.config, target.backend, policy).backend))
+                one = (target.backend, choose(spec.config, target.backend, policy).backend)
+                asked += [one] if one not in asked else []
     answers = await asyncio.gather(*(_checked(cls, config, options) for cls, options in asked))
-    return [finding for answer in answers for finding in answer]
+    return list(dict.fromkeys(finding for answer in answers for finding in answer))
 
 
 async def _checked(cls: type[Backend], config: Config, options: Mapping[str, Any]) -> list[Finding]:

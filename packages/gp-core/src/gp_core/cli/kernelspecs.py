@@ -23,11 +23,8 @@ class Install(Command):
     name = "jupyter-gp-install"
     verb = "install"
     summary = "Make a kernelspec whose kernels a backend starts, from one that is there."
-    usage = "BACKEND (--from KERNELSPEC | --host HOST --discover) [options]"
-    details = """\
-examples:
-  jupyter gp install local --from python3 --name patient --set launch_timeout=60
-  jupyter gp install ssh --host h1,h2 --discover"""
+    usage = "BACKEND (--from KERNELSPEC | --discover) [options]"
+    details = "example: jupyter gp install local --from python3 --set launch_timeout=60"
 
     @default("log_level")
     def _no_warnings(self) -> int:
@@ -39,10 +36,7 @@ examples:
         source.add_argument("--from", dest="source", metavar="KERNELSPEC", help="copy this one, a name or a folder")
         source.add_argument("--template", metavar="NAME", help="or fill in a template of the backend's package")
         source.add_argument(
-            "--discover",
-            nargs="*",
-            metavar="NAME",
-            help="or show what is out there, and install what has these names ('*')",
+            "--discover", nargs="*", metavar="NAME", help="or show what --host has, or install it ('*')"
         )
         source.add_argument("--refresh", action="store_true", help="update or remove what was discovered")
         group.add_argument("--host", dest="where", metavar="H1,H2", help="where to discover or refresh")
@@ -52,7 +46,7 @@ examples:
         group.add_argument("--name", help="default: KERNELSPEC-BACKEND")
         group.add_argument("--display-name", metavar="TEXT", help="what users see")
         place = group.add_mutually_exclusive_group()
-        place.add_argument("--user", action="store_true", help="install for this user (the default)")
+        place.add_argument("--user", action="store_true", help=argparse.SUPPRESS)  # the default
         place.add_argument("--sys-prefix", action="store_true", help="install into this Python environment")
         place.add_argument("--prefix", metavar="DIR", help="install into DIR/share/jupyter/kernels")
         group.add_argument("--replace", action="store_true", help="a kernelspec of that name may go")
