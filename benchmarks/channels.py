@@ -40,8 +40,6 @@ class Stage:
                 for way in WAYS.values():
                     stanza = {"provisioner_name": "gp-local-provisioner", "config": {"channels": way}}
                     host.install(f"{name}-{way}", argv, stanza)
-            instant = {"provisioner_name": "gp-local-provisioner", "config": {"channels": "relay"}}
-            host.install("instant-relay", host.kernels["instant"], instant)
         self.host = self.hosts[0].host
         self.client = Program("client", self.folder / "client.log")
         self._sshd: Sshd | None = None
@@ -174,7 +172,7 @@ def idle(stage: Stage, kernels: int, seconds: float) -> list[Row]:
     """Relayed kernels with connected clients that say nothing."""
     row = Row(f"{kernels} relayed idle kernels: CPU of the host process", "%", Series(), Goal(2))
     for number in range(kernels):
-        stage.host.ask("start", kernel="instant-relay", slot=f"idle-{number}")
+        stage.host.ask("start", kernel="blast-relay", slot=f"idle-{number}")
         ports = stage.host.ask("ports", slot=f"idle-{number}")
         stage.client.ask("hold", ports=[ports[name] for name in ("shell", "iopub", "stdin", "control")])
     time.sleep(3)
