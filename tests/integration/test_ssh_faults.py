@@ -227,7 +227,7 @@ def test_a_host_that_bears_few_connections(spec: Callable[..., None], hosts: Ssh
 
 
 def test_a_host_dies_while_many_kernels_start(spec: Callable[..., None], hosts: SshHosts) -> None:
-    spec("h1", "h2", "h3", launch_timeout=40)
+    spec("h1", "h2", "h3")
     try:
         became = asyncio.run(starts(30, hosts["h3"].power_off))
     finally:
