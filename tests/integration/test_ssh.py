@@ -275,6 +275,16 @@ def test_a_host_that_cannot_be_reached_is_passed_over(kernel: Callable[..., Any]
             assert "42" in used.run("6 * 7")
 
 
+def test_without_a_key_the_reason_is_told(kernel: Callable[..., Any], sshd: Sshd) -> None:
+    before = sshd.config.read_text()
+    try:
+        sshd.config.write_text(before.replace(f"{sshd.folder}/id", "/nowhere/id").replace("Host h1", "Host h5 h1"))
+        with pytest.raises(LaunchFailed, match="AuthenticationFailed"), kernel("h5", start=False) as used:
+            used.start()
+    finally:
+        sshd.config.write_text(before)
+
+
 def test_a_host_key_that_nobody_knows_is_refused(kernel: Callable[..., Any], sshd: Sshd) -> None:
     known = sshd.folder / "known_hosts"
     kept = known.read_text()

@@ -64,6 +64,12 @@ class ConnectionFailed(BackendError):
         return LaunchFailed(f"kernel {kernel_id}: {self.text}", reason=self.reason)
 
 
+def _reason_of(error: paramiko.SSHException) -> Reason:
+    """Paramiko has no types for these."""
+    texts = {"not found in known_hosts": HOST_KEY_UNKNOWN, "No authentication methods available": NOT_ADMITTED}
+    return next((reason for text, reason in texts.items() if text in str(error)), UNREACHABLE)
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a command on the host wrote, and its exit code (-1: a signal)."""
@@ -136,8 +142,7 @@ class Connection:
             text = f"{target.name} does not let {target.user} in: {error}"
             raise ConnectionFailed(text, NOT_ADMITTED) from None
         except paramiko.SSHException as error:
-            reason = HOST_KEY_UNKNOWN if "not found in known_hosts" in str(error) else UNREACHABLE
-            raise ConnectionFailed(f"{target.name}: {error}", reason) from None
+            raise ConnectionFailed(f"{target.name}: {error}", _reason_of(error)) from None
         except (OSError, EOFError) as error:
             text = f"{target.name} ({target.hostname} port {target.port}): {getattr(error, 'strerror', None) or error}"
             raise ConnectionFailed(text, UNREACHABLE) from None

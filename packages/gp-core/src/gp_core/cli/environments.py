@@ -147,7 +147,7 @@ class Environments:
         elif not failed:
             say("There is nothing." if looked else "Nothing was installed by --discover.")
         for where, text in failed.items():
-            sys.stderr.write(f"note: {where}: {text}\n")
+            sys.stderr.write(f"note: {text}\n" if text.startswith(where) else f"note: {where}: {text}\n")
         if asked and self._rows:
             say(
                 f"Install some with: jupyter gp install {self._args.backend} --host {self._args.where} --discover NAME…"
