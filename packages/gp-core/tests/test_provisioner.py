@@ -36,7 +36,7 @@ from gp_core.errors import (
     PluginError,
     StoreError,
 )
-from gp_core.events import Event
+from gp_core.events import Event, KernelEvent
 from gp_core.kernel import RemoteKernel
 from gp_core.local import LocalBackend
 from gp_core.planning import Planner
@@ -201,6 +201,26 @@ async def test_events_tell_the_life_of_a_kernel_in_order(manager: Make, events: 
         "exited",
         "removed",
     ]
+
+
+async def test_people_hear_what_a_backend_says_of_its_launch(manager: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[str] = []
+    launch = LocalBackend.launch
+
+    class Listener:
+        @hookimpl
+        async def gp_kernel_event(self, event: KernelEvent) -> None:
+            if event.event is Event.PROGRESS:
+                heard.append(event.detail)
+
+    async def talks(backend: LocalBackend, request: LaunchRequest) -> Handle:
+        request.progress("not on h1: it is dark")
+        return await launch(backend, request)
+
+    plugins_module.plugins().register(Listener(), "listener")
+    monkeypatch.setattr(LocalBackend, "launch", talks)
+    await manager().start_kernel()
+    await until(lambda: "not on h1: it is dark" in heard)
 
 
 # Starts that fail

@@ -12,7 +12,7 @@ import enum
 import os
 import random
 from abc import ABCMeta, abstractmethod
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -120,6 +120,7 @@ class LaunchRequest(KernelInfo):
         launcher_file: The launcher on this machine as one executable zip file.
         launcher_options: Arguments of the launcher, without secrets.
         listener: Where this process listens for launchers, for a backend that brings their calls here itself.
+        progress: Tells people what `launch` is about, in one line: a ``progress`` event.
     """
 
     argv: Sequence[str]
@@ -136,6 +137,7 @@ class LaunchRequest(KernelInfo):
     launcher_file: Path = Path("gp-launcher.pyz")
     launcher_options: Sequence[str] = ()
     listener: tuple[str, int] = ("127.0.0.1", 0)
+    progress: Callable[[str], object] = field(default=lambda text: None, repr=False, compare=False)
 
     def command(self, launcher: str | Path | None = None, *, python: str = "python3") -> list[str]:
         """Return the argv to run on the far side.

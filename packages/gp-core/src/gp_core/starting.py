@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import secrets
 import time
@@ -152,7 +153,8 @@ class Start:
             raise ConfigError(
                 f"kernel {request.kernel_id}: its environment has {len(bundle)} bytes; {MAX_BUNDLE} can be sent"
             )
-        return replace(request, env=env, secrets={"GP_LAUNCH_SECRETS": bundle})
+        progress = functools.partial(self._kernel.tell, Event.PROGRESS)
+        return replace(request, env=env, secrets={"GP_LAUNCH_SECRETS": bundle}, progress=progress)
 
     async def _launched(self, launching: asyncio.Task[Handle]) -> Handle:
         try:

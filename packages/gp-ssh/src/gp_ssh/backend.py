@@ -114,6 +114,7 @@ class SshBackend(Backend):
                 failures.append(str(error))
                 if len(self.remote_hosts) == 1 and isinstance(error, ConnectionFailed):
                     raise error.as_failure(request.kernel_id) from None
+                request.progress(f"not on {entry.text}: {str(error).splitlines()[0]}")
                 self.log.warning("kernel %s: %s", request.kernel_id, str(error).splitlines()[0])
                 del able[entry.text]
             else:
