@@ -219,8 +219,10 @@ async def test_people_hear_what_a_backend_says_of_its_launch(manager: Make, monk
 
     plugins_module.plugins().register(Listener(), "listener")
     monkeypatch.setattr(LocalBackend, "launch", talks)
-    await manager().start_kernel()
+    km = manager()
+    await km.start_kernel()
     await until(lambda: "not on h1: it is dark" in heard)
+    await km.shutdown_kernel(now=True)
 
 
 # Starts that fail
