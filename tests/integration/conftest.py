@@ -18,17 +18,18 @@ import getpass
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from clusters import kernels
 from clusters.availability import Unavailable, offer, require
+from clusters.hosts import SshHosts
 from clusters.jupyter_env import JupyterEnv, isolated_jupyter
 from clusters.slurm import SlurmCluster
 from clusters.wan import Link
-from support.installation import Installation, installed
+from support.installation import Installation, installed, wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -67,6 +68,27 @@ def link() -> Iterator[Link]:
         line.down()
 
 
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[SshHosts]:
+    """Three hosts; the second one bears few connections and questions at a time."""
+    made = SshHosts("", "MaxSessions 2\nMaxStartups 3", "")
+    try:
+        offer("ssh", made.up)
+        yield made
+    finally:
+        made.down()
+
+
+@pytest.fixture
+def nothing_on_hosts(hosts: SshHosts) -> Iterator[None]:
+    """No process of ours runs on any host in the end."""
+    yield
+    for host in hosts.hosts.values():
+        with suppress(TimeoutError):
+            wait_until(lambda host=host: not host.processes(), 25)
+        assert host.processes() == []
+
+
 # -- kernels
 
 
@@ -92,6 +114,12 @@ def jjava_spec() -> Path:
 def xeus_python_spec() -> Path:
     """Kernelspec folder of a kernel that dies on SIGINT."""
     return offer("xeus-python", kernels.xeus_python)
+
+
+@pytest.fixture(scope="session")
+def peer() -> kernels.Peer:
+    """gateway_provisioners, with a kernelspec that its own tool has made."""
+    return offer("gateway-provisioners", kernels.peer)
 
 
 # -- Jupyter

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import string
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters.availability import Unavailable, offer
-from clusters.kernels.cache import cached
+from clusters.kernels import Peer
 from jupyter_client.manager import AsyncKernelManager, KernelManager
 from support.driven import Driven, driven
 from support.installation import Installation, wait_until
@@ -24,66 +19,20 @@ from gp_core.errors import LaunchDenied, LaunchFailed
 
 pytestmark = pytest.mark.timeout(120)
 
-PEER_VERSION = "0.5.0"
 PID = "import os; print(os.getpid())"
 ENDLESS = "print('running', flush=True)\nwhile True: pass"
 PORTS = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
-NEEDED = ("ipykernel", "pycryptodomex")
-"""What the launcher imports; gateway_provisioners itself would bring much more."""
-
-
-def _peer() -> Path:
-    """A virtual environment with the kernel launchers of gateway_provisioners, put together as its tools do."""
-
-    def build(folder: Path) -> None:
-        base = getattr(sys, "_base_executable", sys.executable)  # our own environment may go before the cache does
-        _run(base, "-m", "venv", str(folder / "venv"), missing="apt-get install python3-venv")
-        python = str(folder / "venv/bin/python")
-        pip = (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
-        _run(*pip, *NEEDED, missing=f"{' '.join(NEEDED)} from PyPI")
-        peer = f"gateway_provisioners=={PEER_VERSION}"
-        _run(*pip, "--no-deps", peer, missing=f"{peer} from PyPI")
-        code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-        package = Path(_run(python, "-c", code, missing="a working Python").strip(), "gateway_provisioners")
-        (folder / "spec").mkdir()
-        shutil.copy(package / "kernel-specs/ssh_python/kernel.json", folder / "spec")
-        for part in ("python/scripts/launch_ipykernel.py", "shared/scripts/server_listener.py"):
-            (folder / "scripts").mkdir(exist_ok=True)
-            shutil.copy(package / "kernel-launchers" / part, folder / "scripts")
-
-    version = ".".join(map(str, sys.version_info[:3]))
-    return cached(f"gateway-provisioners-{PEER_VERSION}-py{version}", build)
-
-
-def _run(*argv: str, missing: str) -> str:
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise Unavailable(f"needs: {missing}: {(done.stderr or done.stdout).strip()[-500:]}")
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def peer() -> Path:
-    """Folder of the peer's launcher and kernelspec."""
-    return offer("gateway-provisioners", _peer)
-
 
 Install = Callable[..., str]
 
 
 @pytest.fixture
-def install(installation: Installation, peer: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+def install(installation: Installation, peer: Peer, monkeypatch: pytest.MonkeyPatch) -> Install:
     """Install the peer's kernelspec with our stanza, and allow protocol 1."""
     monkeypatch.setenv("GP_ALLOW_PROTOCOL_1", "1")
-    text = string.Template((peer / "spec/kernel.json").read_text()).substitute(
-        language="python",
-        display_name="of the peer",
-        install_dir=str(peer),
-        ipykernel_subclass_name="ipykernel.ipkernel.IPythonKernel",
-    )
-    spec = json.loads(text)
+    spec = json.loads((peer.spec / "kernel.json").read_text())
     assert spec["argv"][0] == "python"
-    spec["argv"][0] = str(peer / "venv/bin/python")
+    spec["argv"][0] = str(peer.python)
     # a killed launcher leaves its connection file
     scratch = installation.home / "scratch"
     scratch.mkdir()
@@ -194,7 +143,7 @@ def test_encryption(install: Install, policy: str) -> None:
         assert kernel.run("6*7") == "42"
 
 
-def test_kernel_that_cannot_start_says_why(installation: Installation, install: Install, peer: Path) -> None:
+def test_kernel_that_cannot_start_says_why(installation: Installation, install: Install) -> None:
     name = install()
     path = installation.jupyter.data_dir / "kernels" / name / "kernel.json"
     spec = json.loads(path.read_text())

@@ -8,13 +8,12 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from clusters.availability import offer
 from clusters.hosts import HOME, Host, SshHosts
 from jupyter_client.manager import AsyncKernelManager, KernelManager
 from support.driven import Driven, driven
@@ -22,31 +21,9 @@ from support.installation import Installation, wait_until
 
 from gp_core.errors import ConfigError, GPError, LaunchFailed
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.relay]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.relay, pytest.mark.usefixtures("nothing_on_hosts")]
 
-FEW = "MaxSessions 2\nMaxStartups 3"
 COUNT = "import time\nfor n in range(100):\n    print(n, flush=True)\n    time.sleep(0.1)"
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[SshHosts]:
-    """Three hosts; the second one bears few connections and questions at a time."""
-    made = SshHosts("", FEW, "")
-    try:
-        offer("ssh", made.up)
-        yield made
-    finally:
-        made.down()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(hosts: SshHosts) -> Iterator[None]:
-    """No process of ours runs on any host in the end."""
-    yield
-    for host in hosts.hosts.values():
-        with contextlib.suppress(TimeoutError):
-            wait_until(lambda host=host: not host.processes(), 25)
-        assert host.processes() == []
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import enum
 import os
 import random
 from abc import ABCMeta, abstractmethod
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from traitlets import MetaHasTraits
 from traitlets.config import LoggingConfigurable
 
-from .command import expanded
+from .command import expanded, placeholders
 from .errors import BackendError, ConfigError, LaunchFailed, Reason
 from .ports import PortRange
 
@@ -187,10 +187,28 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
     bind_address: ClassVar[str] = "0.0.0.0"  #: what kernels bind on the far side when clients connect directly
     runs_here: ClassVar[bool] = False  #: kernels run on this machine as this user; its paths and interpreter are theirs
     impersonates: ClassVar[bool] = False  #: can start a kernel as ``request.user``
+    submits_launchers: ClassVar[Literal["api", "script"]] = "script"  #: how argv that starts a launcher itself is run
     poll_interval: ClassVar[tuple[float, float]] = (
         0.25,
         10.0,
     )  #: seconds; fastest and slowest look of the default ``watch``
+
+    @classmethod
+    def submission(cls, argv: Iterable[str], chosen: str | None = None) -> Literal["api", "script"]:
+        """Return how a kernelspec's command is submitted: by the backend, or by itself on this machine.
+
+        Args:
+            argv: The command with its placeholders.
+            chosen: ``submit`` of the kernelspec, if it says so.
+        """
+        if chosen:
+            return "script" if chosen == "script" else "api"
+        return cls.submits_launchers if "response_address" in placeholders(argv) else "api"
+
+    @classmethod
+    def runs_command_here(cls, argv: Iterable[str], chosen: str | None = None) -> bool:
+        """Whether a kernelspec's command names programs and files of this machine; arguments as for `submission`."""
+        return cls.runs_here or cls.submission(argv, chosen) == "script"
 
     @property
     def installation(self) -> str:

@@ -122,7 +122,7 @@ class Planner:
             wrapped=wrapped,
             env=env,
             cwd=text(kwargs["cwd"]) if kwargs.get("cwd") else env.get("KERNEL_WORKING_DIR"),
-            submit=self.options.submit or ("api" if wrapped else "script"),
+            submit=self.backend.submission(self.spec.argv, self.options.submit),
             impersonate=policy.impersonation_enabled,
             prohibited_uids=policy.prohibited_uids,
             prohibited_gids=policy.prohibited_gids,
@@ -191,7 +191,7 @@ class Planner:
         if self.server.protocol1 is not None and self._is_older:
             values["public_key"] = self.server.protocol1.public_key
             values["response_address"] = self.server.ipv4_address(local=here)
-        if here or not wrapped or self.options.submit == "script":  # argv runs on this machine
+        if self.backend.runs_command_here(argv, self.options.submit):
             values |= {"resource_dir": self.spec.resource_dir, "prefix": sys.prefix}
             if argv[0] in ("python", "python3", f"python{sys.version_info[0]}.{sys.version_info[1]}"):
                 argv[0] = sys.executable

@@ -35,7 +35,7 @@ from gp_core.store import file_name
 from gp_launchers.options import addresses
 
 from .connection import ConnectionFailed
-from .host import Launcher, RemoteHost, ask_all, known, load_of
+from .host import RemoteHost, ask_all, known, load_of
 from .hosts import USER, Entry, entries
 from .limits import limited
 
@@ -54,6 +54,7 @@ class SshBackend(Backend):
 
     name = "ssh"
     impersonates = True
+    submits_launchers = "api"
     poll_interval = (0.5, 10.0)
 
     remote_hosts = from_env(
@@ -93,11 +94,8 @@ class SshBackend(Backend):
         return limited(argv, nice=self.nice, cpu_affinity=self.cpu_affinity, memory_limit=self.memory_limit)
 
     async def launch(self, request: LaunchRequest) -> Handle:
-        if not request.wrapped:
-            raise ConfigError(
-                f"kernel {request.kernel_id}: its kernelspec starts a launcher of its own, which knows nothing of ssh "
-                "connections: bring it along by jupyter gp install --from"
-            )
+        if request.submit == "script":
+            raise ConfigError(f"kernel {request.kernel_id}: hosts take no submit script: remove submit")
         file_name(request.kernel_id)  # over there, too
         if request.impersonate and not USER.fullmatch(request.user):
             raise LaunchDenied(f"kernel {request.kernel_id}: {request.user!r} cannot be a user of a host")
@@ -133,26 +131,22 @@ class SshBackend(Backend):
 
     async def _start(self, entry: Entry, request: LaunchRequest) -> Handle:
         user = request.user if request.impersonate else ""
-        host, launcher = await self._host(entry, user), await Launcher.read(request.launcher_file)
+        host = await self._host(entry, user)
         handle: Handle = {"kernel_id": request.kernel_id, "host": entry.text, "user": user}
         first = ""
         try:
             if await self._calls_through_ssh(host, request):
                 handle["forward"] = await host.forward(request.listener, request.kernel_id)
                 first = f"127.0.0.1:{handle['forward']}"
-            asked = {
-                "installation": self.installation,
-                "kernel_id": request.kernel_id,
-                "arguments": [*request.launcher_arguments(dial_first=first), "--", *self.kernel_command(request.argv)],
-                "prohibited": [list(request.prohibited_uids), list(request.prohibited_gids)] if user else [],
-                "secrets": request.secrets["GP_LAUNCH_SECRETS"],
-            }
-            return {**handle, "note": await host.start(launcher, asked)}
+            handle["note"] = await host.start(request, self.kernel_command(request.argv), self.installation, first)
+            return handle
         except BaseException:
             host.release(request.kernel_id)
             raise
 
     async def _calls_through_ssh(self, host: RemoteHost, request: LaunchRequest) -> bool:
+        if not request.wrapped:
+            return False  # a launcher that comes with the kernelspec knows one address
         if self.callback != "auto":
             return bool(self.callback == "ssh")
         return not await host.reaches(addresses(request.response_address))

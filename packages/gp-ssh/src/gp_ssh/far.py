@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from string import Template
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -112,38 +113,60 @@ def reach(request: Request, more: bytes) -> Request:
 
 
 def start(request: Request, more: bytes) -> Request:
-    """Start a launcher that outlives this script; ``more`` is the launcher's file if the server knows of none here."""
+    """Start a launcher that outlives this script: ours, or a command that is one.
+
+    ``more`` is our launcher's file if the server knows of none here.
+    """
     if request["prohibited"] and (os.getuid() in request["prohibited"][0] or prohibited_groups(request)):
         return {"prohibited": f"uid {os.getuid()}, groups {sorted(groups())}"}
+    if "argv" in request:
+        return {"note": begun(request, request["argv"], filled(request["env"], request["secrets"]))}
     path = os.path.join(folder("launchers"), request["launcher"])
     if more:
         put(path, more, request["sha256"])
     elif not os.path.exists(path):
         return {"missing": "launcher"}
+    secrets, given = os.pipe()
+    argv = [sys.executable, "-I", "-S", path, "--secrets-file=-"] + request["arguments"]
+    note = begun(request, argv, stdin=secrets)
+    os.close(secrets)
+    with os.fdopen(given, "wb") as pipe:  # last: a launcher without a note ends for want of secrets
+        pipe.write(request["secrets"].encode())
+    return {"note": note}
+
+
+def begun(request: Request, argv: list[str], env: dict[str, str] | None = None, stdin: int | None = None) -> Request:
+    """Start a process, and write the note by which it is known."""
     log = log_path(request["installation"], request["kernel_id"])
     sweep(os.path.dirname(log))
-    secrets, given = os.pipe()
+    home, wanted = os.path.expanduser("~"), request.get("cwd") or ""
     with open(log, "ab", opener=lambda name, flags: os.open(name, flags, 0o600)) as output:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", path, "--secrets-file=-"] + request["arguments"],
-            stdin=secrets,
+            argv,
+            env=env,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
             stdout=output,
             stderr=output,
-            cwd=os.path.expanduser("~"),
+            cwd=wanted if os.path.isdir(wanted) else home,
             start_new_session=True,
         )
-    os.close(secrets)
     note = {
         "kernel_id": request["kernel_id"],
         "pid": process.pid,
         "started": started(process.pid),
         "boot": boot_id(),
         "host": os.uname()[1],
+        "ours": "argv" not in request,
     }
     put(note_path(request["installation"], request["kernel_id"]), json.dumps(note).encode())
-    with os.fdopen(given, "wb") as pipe:  # last: a launcher without a note ends for want of secrets
-        pipe.write(request["secrets"].encode())
-    return {"note": note}
+    return note
+
+
+def filled(env: dict[str, str], secrets: dict[str, str]) -> dict[str, str]:
+    """Fill ``${X}`` with this host's variables and the literal ones of the kernel, and add those to this host's."""
+    literal = {name: value.replace("$$", "$") for name, value in env.items() if "$" not in value.replace("$$", "")}
+    known = {**os.environ, **literal}
+    return {**os.environ, **secrets, **{name: Template(value).safe_substitute(known) for name, value in env.items()}}
 
 
 def groups() -> set[int]:
@@ -192,9 +215,20 @@ def status(request: Request, more: bytes) -> Request:
 
 
 def kill(request: Request, more: bytes) -> Request:
-    """Send a signal to a launcher, which hands it on to its kernel."""
-    if is_there(request["note"]):
-        os.kill(request["note"]["pid"], request["signal"])
+    """Send a signal to a launcher, which hands it on to its kernel.
+
+    One that is not ours may leave children, so its end is that of its whole group, whose number is not given away as
+    long as one of them is there.
+    """
+    note, number = request["note"], request["signal"]
+    if note.get("ours", True) or number not in (signal.SIGTERM, signal.SIGKILL):
+        if is_there(note):
+            os.kill(note["pid"], number)
+    elif note["boot"] == boot_id() and started(note["pid"]) in (None, note["started"]):
+        try:
+            os.killpg(note["pid"], number)
+        except ProcessLookupError:
+            pass
     return {}
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gp_core import BackendError, Reason, blocking
+from gp_core import BackendError, LaunchRequest, Reason, blocking
 from gp_core.balancing import Ledger
 from gp_core.runtime import runtime
 
@@ -163,16 +163,37 @@ class RemoteHost:
         line = f"exec {shlex.quote(facts.python)} -I -S -c {shlex.quote(LOADER)}"
         return await self._ask(line, question, request, more)
 
-    async def start(self, launcher: Launcher, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Start a launcher, and bring it there if the host does not have it; returns the note of its process.
+    async def start(
+        self, request: LaunchRequest, argv: Sequence[str], installation: str, dial_first: str = ""
+    ) -> dict[str, Any]:
+        """Start a launcher, and bring ours there if the host does not have it; returns the note of its process.
 
         Args:
-            launcher: What to start.
-            request: For `far.start`.
+            request: Of the kernel.
+            argv: The kernel's command, or one that starts a launcher itself.
+            installation: Whose the kernel is.
+            dial_first: ``host:port`` that our launcher tries before the server's own addresses.
         """
-        asked = {**request, "launcher": launcher.name, "sha256": launcher.sha256}
-        for more in (b"", launcher.data):
-            answer = await self.ask("start", asked, more)
+        asked = {
+            "installation": installation,
+            "kernel_id": request.kernel_id,
+            "prohibited": [list(request.prohibited_uids), list(request.prohibited_gids)] if self.user else [],
+        }
+        ways: list[tuple[dict[str, Any], bytes]]
+        if request.wrapped:
+            launcher = await Launcher.read(request.launcher_file)
+            ours = {
+                "launcher": launcher.name,
+                "sha256": launcher.sha256,
+                "arguments": [*request.launcher_arguments(dial_first=dial_first), "--", *argv],
+                "secrets": request.secrets["GP_LAUNCH_SECRETS"],
+            }
+            ways = [(ours, b""), (ours, launcher.data)]
+        else:
+            theirs = {"argv": list(argv), "cwd": request.cwd, "env": dict(request.env), "secrets": request.secrets}
+            ways = [(theirs, b"")]
+        for more, data in ways:
+            answer = await self.ask("start", {**asked, **more}, data)
             if "prohibited" in answer:
                 raise ConnectionFailed(
                     f"no kernel may run as {self.user} of {self.name}: {answer['prohibited']}", DENIED

@@ -44,11 +44,7 @@ def spec_findings(
         found += _parameter_findings(spec, in_detail=in_detail)
     except ConfigError as error:
         found.append(bad(subject, str(error), "correct metadata.parameters in its kernel.json"))
-    here = (
-        target.backend.runs_here
-        or "response_address" in placeholders(spec.argv)
-        or spec.config.get("submit") == "script"
-    )
+    here = target.backend.runs_command_here(spec.argv, spec.config.get("submit"))
     if "resource_dir" in placeholders(spec.argv) and not here:
         text = "argv has {resource_dir}, a folder of this machine"
         found.append(bad(subject, text, "put its files on the far side and write their path there"))

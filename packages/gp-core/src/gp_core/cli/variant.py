@@ -12,7 +12,6 @@ from typing import Any
 from traitlets import Container, Dict, TraitType
 
 from ..backend import Backend
-from ..command import placeholders
 from ..errors import ConfigError
 from ..install import Kernelspec, Offer, Variant
 from ..options import POLICY, WITHOUT_EFFECT, ProvisionerOptions, checked, choose, launch_options
@@ -67,8 +66,7 @@ def variant(
         del config[key]
     choose(config, target.backend, operator)
     argv = _converted(source, notes) if source.old_launcher and config.get("launcher_protocol") != 1 else source.argv
-    by_script = config.get("submit", "script" if "response_address" in placeholders(argv) else "api") == "script"
-    here = target.backend.runs_here or by_script
+    here = target.backend.runs_command_here(argv, config.get("submit"))
     argv = _far_argv(argv, here=here, python=python, notes=notes)
     env = {str(key): str(value) for key, value in (source.spec.get("env") or {}).items()}
     if not here:

@@ -1,0 +1,62 @@
+"""gateway_provisioners from PyPI: its own environment, and a kernelspec made by its own tool."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from clusters.availability import Unavailable
+from clusters.kernels.cache import cached
+
+VERSION = "0.5.0"
+SPEC = "peer_ssh"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The peer.
+
+    Args:
+        folder: Holds a virtual environment with it and with ipykernel, and kernelspecs in ``share/jupyter``.
+    """
+
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that has what its launcher imports."""
+        return self.folder / "venv/bin/python"
+
+    @property
+    def spec(self) -> Path:
+        """Folder of the kernelspec that ``jupyter ssh-spec install`` has made for the host ``h1``."""
+        return self.folder / "share/jupyter/kernels" / SPEC
+
+
+def peer() -> Peer:
+    """Install it, once.
+
+    Raises:
+        Unavailable: There is no venv, or no PyPI.
+    """
+
+    def build(folder: Path) -> None:
+        base = getattr(sys, "_base_executable", sys.executable)  # our own environment may go before the cache does
+        _run(base, "-m", "venv", str(folder / "venv"), missing="apt-get install python3-venv")
+        bin_ = folder / "venv/bin"
+        wanted = [f"gateway_provisioners=={VERSION}", "ipykernel"]
+        pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        _run(str(bin_ / "python"), *pip, *wanted, missing=f"{' '.join(wanted)} from PyPI")
+        tool = (str(bin_ / "jupyter"), "ssh-spec", "install", "--prefix", str(folder), "--kernel-name", SPEC)
+        _run(*tool, "--remote-hosts", "h1", missing="the tool of gateway_provisioners")
+
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Peer(cached(f"gateway-provisioners-{VERSION}-whole-py{version}", build))
+
+
+def _run(*argv: str, missing: str) -> None:
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        raise Unavailable(f"needs: {missing}: {(done.stderr or done.stdout).strip()[-500:]}")
