@@ -70,8 +70,8 @@ def link() -> Iterator[Link]:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[SshHosts]:
-    """Three hosts; the second one bears few connections and questions at a time."""
-    made = SshHosts("", "MaxSessions 2\nMaxStartups 3", "")
+    """Three hosts; the second bears few connections and questions at a time, the third takes passwords."""
+    made = SshHosts("", "MaxSessions 2\nMaxStartups 3", "PasswordAuthentication yes\nPermitRootLogin yes")
     try:
         offer("ssh", made.up)
         yield made

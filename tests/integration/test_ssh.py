@@ -55,9 +55,11 @@ class TestContract(BackendContract):
 
     unknown_job = {"note": {"kernel_id": "none", "pid": 2**22 + 1, "boot": "another", "started": 1}}
 
-    @pytest.fixture(params=["dial", "ssh"])
+    @pytest.fixture(params=["dial", "ssh", "ssh by the user's own"])
     def backend_options(self, sshd: Sshd, request: pytest.FixtureRequest) -> dict[str, Any]:
-        return {"remote_hosts": ["h1"], "ssh_config": str(sshd.config), "callback": request.param}
+        callback, _, own = request.param.partition(" ")
+        options = {"remote_hosts": ["h1"], "ssh_config": str(sshd.config), "callback": callback}
+        return {**options, "connector": "ssh" if own else "paramiko"}
 
     @pytest.fixture
     def break_platform(self, sshd: Sshd) -> Callable[[], AbstractContextManager[object]]:
@@ -98,8 +100,16 @@ def kernel(
     return started
 
 
-def test_a_life_through_ssh_alone(kernel: Callable[..., Any]) -> None:
-    with kernel() as used:
+@pytest.fixture(params=["paramiko", "ssh"])
+def connector(request: pytest.FixtureRequest, installation: Installation, sshd: Sshd) -> Iterator[str]:
+    """Who connects; processes of ssh end with their connections."""
+    yield request.param
+    if request.param == "ssh":
+        sshd.kill_sessions()
+
+
+def test_a_life_through_ssh_alone(kernel: Callable[..., Any], connector: str) -> None:
+    with kernel(connector=connector) as used:
         assert "127.0.0.1" in used.run("import os; x = 6; print(os.environ['SSH_CONNECTION'])")
         cell = used.start_cell("print('running', flush=True)\nwhile True: pass", "running")
         used.do(used.manager.interrupt_kernel())
@@ -222,8 +232,8 @@ def test_a_user_whose_number_is_prohibited(as_user: Callable[..., Any], other: p
 
 
 @pytest.mark.parametrize("host", ["h2", "h3"])
-def test_a_host_behind_others(kernel: Callable[..., Any], host: str) -> None:
-    with kernel(host) as used:
+def test_a_host_behind_others(kernel: Callable[..., Any], host: str, connector: str) -> None:
+    with kernel(host, connector=connector) as used:
         assert "42" in used.run("6 * 7")
 
 
@@ -258,8 +268,10 @@ def test_a_killed_servers_kernel_is_taken_over(kernel: Callable[..., Any], insta
         client.stop_channels()
 
 
-def test_no_line_is_lost_when_sessions_of_the_sshd_are_killed(kernel: Callable[..., Any], sshd: Sshd) -> None:
-    with kernel() as used:
+def test_no_line_is_lost_when_sessions_of_the_sshd_are_killed(
+    kernel: Callable[..., Any], sshd: Sshd, connector: str
+) -> None:
+    with kernel(connector=connector) as used:
         code = "import time\nfor n in range(60):\n    print(n, flush=True)\n    time.sleep(0.1)"
         cell = used.start_cell(code, "0")
         for _ in range(2):
@@ -269,23 +281,44 @@ def test_no_line_is_lost_when_sessions_of_the_sshd_are_killed(kernel: Callable[.
         assert used.output(cell).split() == [str(n) for n in range(1, 60)]
 
 
+def test_a_connection_that_a_person_has_opened(kernel: Callable[..., Any], sshd: Sshd, tmp_path: Path) -> None:
+    """As after a one-time password, which no program can know; it stays open in the end."""
+    before, shared = sshd.config.read_text(), f"{tmp_path}/shared"
+    by_hand = ["ssh", "-F", str(sshd.config), "-i", f"{sshd.folder}/id", "-S", shared]
+    master = subprocess.Popen([*by_hand, "-M", "-N", "h1"], env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]})
+    try:
+        wait_until(Path(shared).exists, 10)
+        text = before.replace(f"{sshd.folder}/id", f"/nowhere/id\n ControlPath {shared}")
+        sshd.config.write_text(text.replace("Host h1", "Host h6 h1"))
+        with kernel("h6", connector="ssh") as used:
+            assert "42" in used.run("6 * 7")
+        assert master.poll() is None
+    finally:
+        sshd.config.write_text(before)
+        master.kill()
+        master.wait()
+
+
 def test_a_host_that_cannot_be_reached_is_passed_over(kernel: Callable[..., Any]) -> None:
     for _ in range(2):
         with kernel("127.0.0.1:1", "h1") as used:
             assert "42" in used.run("6 * 7")
 
 
-def test_without_a_key_the_reason_is_told(kernel: Callable[..., Any], sshd: Sshd) -> None:
+def test_without_a_key_the_reason_is_told(kernel: Callable[..., Any], sshd: Sshd, connector: str) -> None:
     before = sshd.config.read_text()
     try:
         sshd.config.write_text(before.replace(f"{sshd.folder}/id", "/nowhere/id").replace("Host h1", "Host h5 h1"))
-        with pytest.raises(LaunchFailed, match="AuthenticationFailed"), kernel("h5", start=False) as used:
+        with (
+            pytest.raises(LaunchFailed, match="AuthenticationFailed"),
+            kernel("h5", start=False, connector=connector) as used,
+        ):
             used.start()
     finally:
         sshd.config.write_text(before)
 
 
-def test_a_host_key_that_nobody_knows_is_refused(kernel: Callable[..., Any], sshd: Sshd) -> None:
+def test_a_host_key_that_nobody_knows_is_refused(kernel: Callable[..., Any], sshd: Sshd, connector: str) -> None:
     known = sshd.folder / "known_hosts"
     kept = known.read_text()
     other = (sshd.folder / "id.pub").read_text().split()

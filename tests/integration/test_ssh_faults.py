@@ -140,6 +140,26 @@ def test_a_kernel_whose_launcher_is_killed_ends_too(kernel: Callable[..., Any], 
 # -- hosts on which nothing can be started
 
 
+def test_a_password(
+    kernel: Callable[..., Any], hosts: SshHosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts["h3"].inside("sh", "-c", "echo 'root:open sesame' | chpasswd")
+    without_key, password = tmp_path / "ssh_config", tmp_path / "password"
+    without_key.write_text(hosts.config.read_text().replace(f"{hosts.folder}/id", "/nowhere/id"))
+    password.touch(0o600)
+    with kernel("h3", start=False) as used:
+        monkeypatch.setenv("GP_SSH_CONFIG", str(without_key))
+        with pytest.raises(LaunchFailed, match="AuthenticationFailed"):
+            used.start()
+        monkeypatch.setenv("GP_SSH_PASSWORD_FILE", str(password))
+        password.write_text("open says me")
+        with pytest.raises(LaunchFailed, match="AuthenticationFailed"):
+            used.start()
+        password.write_text("open sesame\n")
+        used.start()
+        assert used.run("import socket; print(socket.gethostname(), end='')") == "h3"
+
+
 @pytest.mark.parametrize("options", ["size=64k", "ro"], ids=["full", "read-only"])
 def test_a_home_that_takes_nothing(kernel: Callable[..., Any], hosts: SshHosts, options: str) -> None:
     host = hosts["h3"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import math
 import os
@@ -12,9 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from gp_core import BackendError, Host, LaunchRequest
@@ -23,17 +24,20 @@ from gp_ssh import far
 from gp_ssh import host as host_module
 from gp_ssh.backend import SshBackend
 from gp_ssh.connection import COMMAND, Answer, ConnectionFailed
-from gp_ssh.host import Launcher, RemoteHost, known
+from gp_ssh.host import RemoteHost, known
 from gp_ssh.hosts import Entry, Target, entries
 
 SLEEPER = b"import sys, time\nprint('got', len(sys.stdin.read()), sys.argv[2:], flush=True)\ntime.sleep(60)\n"
-ASKED = {
-    "installation": "i1",
-    "kernel_id": "k1",
-    "arguments": ["a b", "$(id)"],
-    "prohibited": [],
-    "secrets": "s" * 100_000,
-}
+ASKED = LaunchRequest(
+    kernel_id="k1",
+    kernel_name="python3",
+    user="ana",
+    backend="ssh",
+    argv=[],
+    launcher_options=["a b", "$(id)"],
+    secrets={"GP_LAUNCH_SECRETS": "s" * 100_000},
+)
+LOG = {"installation": "i1", "kernel_id": "k1", "tail": 5}
 
 
 class Here:
@@ -71,8 +75,10 @@ def home(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def launcher() -> Launcher:
-    return Launcher("gp-launcher-1.pyz", hashlib.sha256(SLEEPER).hexdigest(), SLEEPER)
+def request_(tmp_path: Path) -> LaunchRequest:
+    """For a launcher that only sleeps."""
+    (tmp_path / "launcher.pyz").write_bytes(SLEEPER)
+    return replace(ASKED, launcher_file=tmp_path / "launcher.pyz")
 
 
 def shells() -> list[str]:
@@ -87,11 +93,11 @@ def test_whatever_the_login_shell_is_the_first_visit_finds_a_python(home: Path, 
     assert facts.free > 0
 
 
-def test_a_launcher_is_started_looked_at_and_ended(home: Path, launcher: Launcher) -> None:
+def test_a_launcher_is_started_looked_at_and_ended(home: Path, request_: LaunchRequest) -> None:
     async def life() -> None:
         line: Any = Here(home)
         host = RemoteHost(line, sys.executable)
-        note = await host.start(launcher, ASKED)
+        note = await host.start(request_, [], "i1")
         asked = line.questions
         assert await asyncio.gather(*(host.runs(note) for _ in range(50))) == [True] * 50
         assert line.questions == asked + 1, "all at once"
@@ -103,9 +109,9 @@ def test_a_launcher_is_started_looked_at_and_ended(home: Path, launcher: Launche
         await host.ask("kill", {"note": reused, "signal": int(signal.SIGKILL)})
         assert await host.runs(note)
         deadline = time.monotonic() + 10
-        while not (said := (await host.ask("logs", {**ASKED, "tail": 5}))["text"]):
+        while not (said := (await host.ask("logs", LOG))["text"]):
             assert time.monotonic() < deadline
-        assert said == "got 100000 ['a b', '$(id)']\n"
+        assert said == "got 100000 ['a b', '$(id)', '--']\n"
         await host.ask("kill", {"note": note, "signal": int(signal.SIGKILL)})
         while await host.runs(note):
             assert time.monotonic() < deadline
@@ -117,11 +123,11 @@ def test_a_launcher_is_started_looked_at_and_ended(home: Path, launcher: Launche
     runtime().submit(life()).result(60)
 
 
-def test_notes_from_before_a_reboot_go_and_those_of_other_hosts_stay(home: Path, launcher: Launcher) -> None:
+def test_notes_from_before_a_reboot_go_and_those_of_other_hosts_stay(home: Path, request_: LaunchRequest) -> None:
     async def life() -> None:
         line: Any = Here(home)
         host = RemoteHost(line, sys.executable)
-        note = await host.start(launcher, ASKED)
+        note = await host.start(request_, [], "i1")
         await host.ask("kill", {"note": note, "signal": int(signal.SIGKILL)})
         folder = home / ".cache/gp/kernels/i1"
         for name, changes in {"old": {"boot": "another"}, "elsewhere": {"boot": "another", "host": "h9"}}.items():
@@ -134,15 +140,43 @@ def test_notes_from_before_a_reboot_go_and_those_of_other_hosts_stay(home: Path,
     runtime().submit(life()).result(60)
 
 
-def test_a_launcher_that_somebody_has_removed_is_brought_again(home: Path, launcher: Launcher) -> None:
+def test_a_launcher_that_somebody_has_removed_is_brought_again(home: Path, request_: LaunchRequest) -> None:
     async def twice() -> None:
         host = RemoteHost(Here(home), sys.executable)  # type: ignore[arg-type]
         for kernel_id in ("k1", "k2"):
-            note = await host.start(launcher, {**ASKED, "kernel_id": kernel_id})
+            note = await host.start(replace(request_, kernel_id=kernel_id), [], "i1")
             await host.ask("kill", {"note": note, "signal": int(signal.SIGKILL)})
             shutil.rmtree(home / ".cache" / "gp" / "launchers")
 
     runtime().submit(twice()).result(60)
+
+
+OTHERS = (
+    "import os, subprocess, sys, time; subprocess.Popen(['sleep', '60']);"
+    "print(os.environ['COLOUR'], os.environ['TOKEN'], os.getcwd(), sys.stdin.read(), flush=True); time.sleep(60)"
+)
+
+
+def test_a_command_that_starts_a_launcher_itself_ends_with_its_children(home: Path, tmp_path: Path) -> None:
+    async def life() -> None:
+        host = RemoteHost(Here(home), sys.executable)  # type: ignore[arg-type]
+        request = replace(ASKED, wrapped=False, env={"COLOUR": "${HOME}-$$red"}, secrets={"TOKEN": "t"}, cwd="/none")
+        note = await host.start(request, [sys.executable, "-c", OTHERS], "i1")
+        deadline = time.monotonic() + 10
+        while not (said := (await host.ask("logs", LOG))["text"]):
+            assert time.monotonic() < deadline
+        assert said == f"{home}-$red t {home} \n"
+        group = psutil.Process(note["pid"]).children()
+        assert len(group) == 1
+        os.kill(note["pid"], signal.SIGKILL)
+        while await host.runs(note):
+            assert time.monotonic() < deadline
+        await host.ask("kill", {"note": note, "signal": int(signal.SIGKILL)})
+        psutil.wait_procs(group, 10)
+        assert not any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in group)
+        await host.ask("kill", {"note": note, "signal": int(signal.SIGKILL)})  # nobody is there
+
+    runtime().submit(life()).result(60)
 
 
 def test_a_host_without_python_says_what_it_has(home: Path, tmp_path: Path) -> None:

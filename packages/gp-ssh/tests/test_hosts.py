@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gp_core import ConfigError
-from gp_ssh.hosts import NAME, Entry, _target, entries
+from gp_core.options import choose, configurable
+from gp_core.policies import Policy
+from gp_ssh.backend import SshBackend
+from gp_ssh.hosts import NAME, Client, Entry, _target, entries
 
 
 @pytest.mark.parametrize(
@@ -67,3 +71,28 @@ def test_what_ssh_says_is_followed() -> None:
     assert (target.user, target.hostname, target.port) == ("ada", "10.0.0.7", 2222)
     assert (target.proxy_jump, target.proxy_command, target.timeout) == ("bob@gate:2200", "", 3.0)
     assert (target.known_hosts, target.identity_files, target.identities_only) == (("/a", "/b"), (), True)
+
+
+def test_a_password_comes_from_a_private_file_or_a_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Client().password() is None
+    path = tmp_path / "password"
+    by_file, by_variable = Client(password_file=str(path)), Client(password_env="MY_PASSWORD")
+    with pytest.raises(ConfigError, match="No such file"):
+        by_file.password()
+    path.write_text("a b\n")
+    path.chmod(0o640)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        by_file.password()
+    path.chmod(0o600)
+    assert by_file.password() == "a b"
+    with pytest.raises(ConfigError, match="MY_PASSWORD"):
+        by_variable.password()
+    monkeypatch.setenv("MY_PASSWORD", " c ")
+    assert by_variable.password() == " c "
+
+
+@pytest.mark.parametrize("option", ["password_file", "password_env"])
+def test_kernelspecs_choose_no_password(option: str) -> None:
+    with pytest.raises(ConfigError, match="operator"):
+        choose({option: "x"}, SshBackend, Policy())
+    assert option not in configurable(SshBackend), "nor do parameters"

@@ -100,8 +100,9 @@ class Host:
         (self._folder / "files").mkdir()
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / "host_key"))
         (self._folder / "sshd_config").write_text(
+            f"{self._options}\n"  # the first of equal ones counts
             "HostKey /run/host_key\nPidFile /run/sshd.pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\n"
-            f"PermitRootLogin prohibit-password\nUseDNS no\nMaxStartups 100\n{self._options}\n"
+            "PermitRootLogin prohibit-password\nUseDNS no\nMaxStartups 100\n"
         )
         return " ".join((self._folder / "host_key.pub").read_text().split()[:2])
 

@@ -160,8 +160,11 @@ POLICY = (
 
 @functools.cache
 def configurable(cls: type[HasTraits]) -> Mapping[str, TraitType[Any, Any]]:
-    """Return the options of a class by name; looked up once, because traitlets goes through all members each time."""
-    return MappingProxyType(cls.class_traits(config=True))
+    """Return the options of a class by name, but those that are tagged as the operator's own (``operator=True``).
+
+    Looked up once, because traitlets goes through all members each time.
+    """
+    return MappingProxyType(cls.class_traits(config=True, operator=lambda tagged: not tagged))
 
 
 def launch_options(backend: type[Backend]) -> dict[str, TraitType[Any, Any]]:
@@ -197,9 +200,10 @@ def choose(config: Mapping[str, Any], backend: type[Backend], operator: Policy) 
     for key, value in config.items():
         if key in configurable(KernelServer):
             raise ConfigError(f"{key} belongs to the whole server: set it in its configuration, not in kernel.json")
+        if key == "env_passthrough" or key in backend.class_traits(config=True, operator=True):
+            raise ConfigError(f"{key} is the operator's: set it in the application's configuration, not in kernel.json")
         if key in POLICY:
-            if key == "env_passthrough":
-                raise ConfigError("env_passthrough is the operator's: set it in the application's configuration")
+            pass
         elif key in WITHOUT_EFFECT:
             chosen.ignored[key] = WITHOUT_EFFECT[key]
         elif key in known:

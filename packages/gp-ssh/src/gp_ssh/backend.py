@@ -36,7 +36,7 @@ from gp_launchers.options import addresses
 
 from .connection import ConnectionFailed
 from .host import RemoteHost, ask_all, known, load_of
-from .hosts import USER, Entry, entries
+from .hosts import USER, Client, Entry, entries
 from .limits import limited
 
 ENDED = Reason("LauncherEnded", "Read the kernel's log (jupyter gp logs); a host that was rebooted loses its kernels.")
@@ -58,10 +58,7 @@ class SshBackend(Backend):
     poll_interval = (0.5, 10.0)
 
     remote_hosts = from_env(
-        List(
-            Union([Unicode(), Dict()]),
-            help="Where kernels may run: host, user@host:port, or {host, weight, labels}.",
-        ),
+        List(Union([Unicode(), Dict()]), help="Each a host, user@host:port, or {host, weight, labels}."),
         "GP_REMOTE_HOSTS",
     )
     host_selector = Dict(help="Labels that a host must have to be chosen, such as {'gpu': 'a100'}.").tag(config=True)
@@ -85,6 +82,16 @@ class SshBackend(Backend):
         "GP_SSH_CALLBACK",
     )
     ssh_config = from_env(Unicode(help="Configuration of ssh. Default: the user's own."), "GP_SSH_CONFIG")
+    connector = from_env(
+        CaselessStrEnum(["paramiko", "ssh"], "paramiko", help="This process connects, or the user's own ssh."),
+        "GP_SSH_CONNECTOR",
+    )
+    password_file = from_env(
+        Unicode(help="File with the password of all hosts.").tag(operator=True), "GP_SSH_PASSWORD_FILE"
+    )
+    password_env = from_env(
+        Unicode(help="Variable with the password of all hosts.").tag(operator=True), "GP_SSH_PASSWORD_ENV"
+    )
 
     nice = Int(0, min=0, max=19, help="How far others come first on the host.").tag(config=True)
     cpu_affinity = Unicode(help="Processors that a kernel may use, such as 0-3,8. Default: all.").tag(config=True)
@@ -224,7 +231,8 @@ class SshBackend(Backend):
     # -- hosts
 
     async def _host(self, entry: Entry, user: str = "") -> RemoteHost:
-        return await known().host(entry, self.ssh_config, self.remote_python, user)
+        client = Client(self.ssh_config, self.connector, self.password_file, self.password_env)
+        return await known().host(entry, client, self.remote_python, user)
 
     async def _host_of(self, handle: Handle) -> RemoteHost:
         named = {one.text: one for one in map(Entry.read, self.remote_hosts)}

@@ -31,19 +31,21 @@ class Forward:
     """A port of the host's loopback whose connections come to our listener; it stays the same over new connections.
 
     Args:
-        listener: ``host`` and ``port`` of this machine.
+        address: ``host`` and ``port`` of our listener on this machine.
         port: Of the host; 0: any.
 
     Attributes:
         callers: Kernels whose launchers use it.
     """
 
-    def __init__(self, listener: tuple[str, int], port: int = 0) -> None:
+    def __init__(self, address: tuple[str, int], port: int = 0) -> None:
+        self.address = address
         self.port = port
         self.callers: set[str] = set()
-        self._carrier = Carrier(listener)
+        self._carrier: Carrier | None = None
         self._attached: Connection | None = None
         self._attaching = threading.Lock()
+        self._beginning = threading.Lock()  # not the other one: paramiko may wait for both
 
     def attach(self, connection: Connection) -> None:
         """Ask a connection for the port, unless it has it; blocks.
@@ -55,15 +57,22 @@ class Forward:
             if connection is self._attached:
                 return
             try:
-                self.port = connection.forward(self.port, self._carrier.add)
-            except (paramiko.SSHException, OSError, EOFError) as error:
+                self.port = connection.forward(self.port, self)
+            except BackendError as error:
                 where = f" at its port {self.port}" if self.port else ""
                 raise BackendError(f"{connection.target.name} does not forward connections{where}: {error}") from None
             self._attached = connection
 
+    def add(self, channel: paramiko.Channel) -> None:
+        """Carry a connection that has come in, from any thread; never called if ssh carries by itself."""
+        with self._beginning:
+            self._carrier = self._carrier or Carrier(self.address)
+        self._carrier.add(channel)
+
     def close(self) -> None:
         """End all connections; the port goes with the ssh connection."""
-        self._carrier.close()
+        if self._carrier is not None:
+            self._carrier.close()
 
 
 class _Pair:

@@ -23,9 +23,10 @@ from gp_core.balancing import Ledger
 from gp_core.runtime import runtime
 
 from . import far, survey
-from .connection import ConnectionFailed, Line, Pool, Shared
+from .connection import ConnectionFailed
 from .forward import Forward
-from .hosts import Entry
+from .hosts import Client, Entry
+from .pool import Line, Pool, Shared
 
 log = logging.getLogger(__name__)
 
@@ -309,13 +310,13 @@ class Known:
 
     pool: Pool = field(default_factory=Pool)
     ledger: Ledger = field(default_factory=Ledger)
-    hosts: dict[tuple[Entry, str, str, str], RemoteHost] = field(default_factory=dict)
+    hosts: dict[tuple[Entry, Client, str, str], RemoteHost] = field(default_factory=dict)
 
-    async def host(self, entry: Entry, ssh_config: str, python: str, user: str) -> RemoteHost:
+    async def host(self, entry: Entry, client: Client, python: str, user: str) -> RemoteHost:
         """Return a host; nobody may have been there yet."""
-        key = (entry, ssh_config, python, user)
+        key = (entry, client, python, user)
         if key not in self.hosts:
-            line = await self.pool.line(entry, ssh_config)
+            line = await self.pool.line(entry, client)
             self.hosts.setdefault(key, RemoteHost(line, python, user))
         return self.hosts[key]
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,46 @@ def entries(written: Sequence[str | Mapping[str, Any]], selector: Mapping[str, s
 
 
 @dataclass(frozen=True)
+class Client:
+    """How hosts are reached, for all of an installation.
+
+    Args:
+        config: Configuration of ssh; empty: the user's own.
+        connector: "paramiko", or "ssh" for the user's own program.
+        password_file: File with the password of every host, for paramiko; empty: none.
+        password_env: Variable with it; empty: none.
+    """
+
+    config: str = ""
+    connector: str = "paramiko"
+    password_file: str = ""
+    password_env: str = ""
+
+    def password(self) -> str | None:
+        """Return the password, if there is one; blocks.
+
+        Raises:
+            ConfigError: It cannot be read, or others can read it, too.
+        """
+        if self.password_env:
+            if not os.environ.get(self.password_env):
+                raise ConfigError(f"password_env: there is no variable {self.password_env}")
+            return os.environ[self.password_env]
+        if not self.password_file:
+            return None
+        try:
+            with open(self.password_file, encoding="utf-8") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                password = file.read().rstrip("\r\n")
+        except OSError as error:
+            raise ConfigError(f"password_file {self.password_file} cannot be read: {error.strerror}") from None
+        if mode & 0o077:
+            path = self.password_file
+            raise ConfigError(f"password_file {path} can be read by other users: chmod 600 {path}")
+        return password
+
+
+@dataclass(frozen=True)
 class Target:
     """Where and how to connect, all of it resolved; equal ones share a connection.
 
@@ -103,6 +143,9 @@ class Target:
         proxy_jump: ``user@host:port`` of the host to go through; empty: none.
         proxy_command: Command whose input and output are the connection; empty: none.
         timeout: Seconds to connect.
+        client: How it is reached.
+        by_ssh: Last arguments of the user's own ssh, if that makes the connection; else empty.
+        control_path: Socket of a connection that a person may have opened by it; empty: none.
     """
 
     name: str = field(compare=False)
@@ -116,26 +159,33 @@ class Target:
     proxy_jump: str = ""
     proxy_command: str = ""
     timeout: float = 10.0
+    client: Client = Client()
+    by_ssh: tuple[str, ...] = ()
+    control_path: str = ""
 
 
-async def resolve(entry: Entry, ssh_config: str) -> Target:
+async def resolve(entry: Entry, client: Client) -> Target:
     """Let ssh itself say what its configuration makes of a host: no library follows all of it.
 
     Args:
         entry: The host.
-        ssh_config: Another file than the user's own; empty: that.
+        client: How it is reached.
 
     Raises:
         ConfigError: The configuration is wrong.
     """
     if shutil.which("ssh") is None:  # no client here, so nobody has a configuration for it
-        return Target(entry.text, entry.host, entry.port or 22, entry.user or getpass.getuser(), **_defaults(entry))
-    options = [*(["-F", ssh_config] if ssh_config else []), *(["-l", entry.user] if entry.user else [])]
-    options += ["-p", str(entry.port)] if entry.port else []
-    done = await run_command("ssh", "-G", *options, "--", entry.host, timeout=10)
+        if client.connector == "ssh":
+            raise ConfigError("connector ssh: there is no ssh here: install openssh-client")
+        user = entry.user or getpass.getuser()
+        return Target(entry.text, entry.host, entry.port or 22, user, **_defaults(entry), client=client)
+    options = [*(["-F", client.config] if client.config else []), *(["-l", entry.user] if entry.user else [])]
+    options += [*(["-p", str(entry.port)] if entry.port else []), "--", entry.host]
+    done = await run_command("ssh", "-G", *options, timeout=10)
     if done.code != 0:
         raise ConfigError(f"host {entry.text}: the ssh configuration cannot be used: {done.output.strip()}")
-    return await blocking(_target, entry, done.output)  # it looks for keys in a home that may be far away
+    target = await blocking(_target, entry, done.output)  # it looks for keys in a home that may be far away
+    return replace(target, client=client, by_ssh=tuple(options) if client.connector == "ssh" else ())
 
 
 def _defaults(entry: Entry) -> dict[str, Any]:
@@ -166,4 +216,5 @@ def _target(entry: Entry, output: str) -> Target:
         proxy_jump=one("proxyjump"),
         proxy_command=one("proxycommand"),
         timeout=float(one("connecttimeout") or 10),
+        control_path=one("controlpath"),
     )

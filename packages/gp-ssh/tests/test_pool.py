@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from gp_ssh import connection as module
-from gp_ssh.connection import ConnectionFailed, Line, Pool
-from gp_ssh.hosts import Entry, Target
+from gp_ssh import pool as module
+from gp_ssh.connection import ConnectionFailed
+from gp_ssh.hosts import Client, Entry, Target
+from gp_ssh.pool import Line, Pool
 
 TARGET = Target("h1", "10.0.0.1", 22, "me")
 
@@ -28,7 +29,7 @@ class Made:
 
 @pytest.fixture(autouse=True)
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "Connection", Made)
+    monkeypatch.setattr(module, "connect", Made)
     monkeypatch.setattr(module, "blocking", asyncio.to_thread)  # the tests' own loop
 
 
@@ -57,11 +58,11 @@ async def test_a_connection_that_nobody_uses_is_closed(monkeypatch: pytest.Monke
 async def test_jumps_follow_their_own_configuration_and_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     jumps = {"inner": "a,b", "b": "ignored", "a": "gate", "gate": ""}
 
-    async def resolved(entry: Entry, ssh_config: str) -> Target:
+    async def resolved(entry: Entry, client: Client) -> Target:
         return Target(entry.text, entry.host, 22, "me", proxy_jump=jumps[entry.host])
 
     monkeypatch.setattr(module, "resolve", resolved)
-    hop: Any = await (await Pool().line(Entry.read("inner"))).connection()
+    hop: Any = await (await Pool().line(Entry.read("inner"), Client())).connection()
     hops = []
     while hop is not None:
         hops.append(hop.target.hostname)
@@ -70,9 +71,9 @@ async def test_jumps_follow_their_own_configuration_and_the_chain(monkeypatch: p
 
 
 async def test_jumps_in_a_circle_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def resolved(entry: Entry, ssh_config: str) -> Target:
+    async def resolved(entry: Entry, client: Client) -> Target:
         return Target(entry.text, entry.host, 22, "me", proxy_jump="b" if entry.host == "a" else "a")
 
     monkeypatch.setattr(module, "resolve", resolved)
     with pytest.raises(ConnectionFailed, match="never ends"):
-        await Pool().line(Entry.read("a"))
+        await Pool().line(Entry.read("a"), Client())
