@@ -14,13 +14,15 @@ import attach
 import channels
 import crowd
 import launcher
+import overssh
 import report
 import starts
 from contestants import NAMES, Contestant, peer_python
 from harness import Row
 from rich.console import Console
 
-FIGURES = (*starts.LIFE, "own-cost", "stillborn", "crowd", "idle", "attach", "launcher", *channels.FIGURES)
+OF_ALL = (*starts.LIFE, "own-cost", "stillborn", "crowd", "idle")  # contestants on this machine
+FIGURES = (*OF_ALL, "attach", "launcher", *channels.FIGURES, *overssh.FIGURES)
 
 
 def main() -> int:
@@ -34,9 +36,9 @@ def main() -> int:
     given = parser.parse_args()
     wanted = set(given.only or FIGURES)
     console = Console() if sys.stdout.isatty() else Console(width=170)
-    with_hosts = wanted - {"attach", "launcher", *channels.FIGURES}
-    names = [name for name in NAMES if with_hosts and not (given.no_peer and name == "peer")]
-    if "peer" in names:
+    names = [name for name in NAMES if wanted & set(OF_ALL) and not (given.no_peer and name == "peer")]
+    over_ssh = wanted & set(overssh.FIGURES)
+    if "peer" in names or (over_ssh and not given.no_peer):
         peer_python()  # not while anything is measured
     work = Path(tempfile.mkdtemp(prefix="gp-bench-"))
     facts = report.machine(work)
@@ -44,7 +46,7 @@ def main() -> int:
     rows: list[Row] = []
     try:
         facts["hosts"] = {contestant.name: contestant.host.ask("about")["versions"] for contestant in contestants}
-        for some in measure(contestants, work, wanted, quick=given.quick):
+        for some in measure(contestants, work, wanted, quick=given.quick, peer=not given.no_peer):
             rows += some
             if given.json:  # at once: half an hour is long
                 report.save(rows, facts, given.json)
@@ -60,7 +62,9 @@ def main() -> int:
     return 0
 
 
-def measure(contestants: list[Contestant], work: Path, wanted: set[str], *, quick: bool) -> Iterator[list[Row]]:
+def measure(
+    contestants: list[Contestant], work: Path, wanted: set[str], *, quick: bool, peer: bool
+) -> Iterator[list[Row]]:
     """Measure one group of figures after the other, and say on standard error how it goes."""
     groups: list[tuple[set[str], Callable[[], list[Row]]]] = [
         (set(starts.LIFE), lambda: starts.life(contestants, wanted, 3 if quick else 11)),
@@ -71,6 +75,7 @@ def measure(contestants: list[Contestant], work: Path, wanted: set[str], *, quic
         ({"attach"}, lambda: attach.attach(work, 2 if quick else 7, 1000, 10 if quick else 40)),
         ({"launcher"}, lambda: launcher.cost(work, 7 if quick else 25)),
         (set(channels.FIGURES), lambda: channels.measure(work, wanted, quick=quick)),
+        (set(overssh.FIGURES), lambda: overssh.measure(work, wanted, quick=quick, peer=peer)),
     ]
     for names, run in groups:
         if names & wanted:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +57,22 @@ class Contestant:
     Args:
         name: One of `NAMES`.
         work: Folder for all that it writes.
+        stanza: Of its kernelspecs; None: that of `STANZAS`.
+        env: Of the host application, on top of what all have.
     """
 
-    def __init__(self, name: str, work: Path) -> None:
+    def __init__(
+        self, name: str, work: Path, stanza: dict[str, Any] | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
+        self._env = dict(env or {})
         self.folder = work / name
         self.python = peer_python() if name == "peer" else sys.executable
         for part in ("config", "run", "logs", "ipython"):
             (self.folder / part).mkdir(parents=True, mode=0o700)
         self.kernels = self._kernels()
         for kernel, argv in self.kernels.items():
-            self.install(kernel, argv, STANZAS[name])
+            self.install(kernel, argv, stanza or STANZAS[name])
         self.install("nothing", ["none"], {"provisioner_name": "null"})
         self.host = self._started()
 
@@ -134,7 +140,9 @@ class Contestant:
         folder = self.folder / "data/kernels" / kernel
         folder.mkdir(parents=True)
         metadata = {"kernel_provisioner": stanza}
-        spec = {"argv": argv, "display_name": kernel, "language": "python", "metadata": metadata}
+        # the peer's own kernel looks for its listener; on another host it has only this environment
+        env = {"PYTHONPATH": self._launch_path()} if self.name == "peer" else {}
+        spec = {"argv": argv, "display_name": kernel, "language": "python", "metadata": metadata, "env": env}
         (folder / "kernel.json").write_text(json.dumps(spec))
 
     def _environment(self) -> dict[str, str]:
@@ -150,11 +158,13 @@ class Contestant:
         if self.name == "ours":
             env |= {"GP_DATA_DIR": str(self.folder / "gp"), "GP_RESPONSE_PORT": "0"}
         elif self.name == "peer":
-            launch = os.pathsep.join([str(self.folder / "launch"), str(PROGRAMS)])
-            env |= {"GP_KERNEL_LOG_DIR": str(self.folder / "logs"), "PYTHONPATH": launch}
+            env |= {"GP_KERNEL_LOG_DIR": str(self.folder / "logs"), "PYTHONPATH": self._launch_path()}
             # it has no "any port", and by default it refuses root
             env |= {"GP_RESPONSE_PORT": str(_free_port()), "GP_UNAUTHORIZED_USERS": "nobody"}
-        return env
+        return env | self._env
+
+    def _launch_path(self) -> str:
+        return os.pathsep.join([str(self.folder / "launch"), str(PROGRAMS)])
 
 
 def _free_port() -> int:

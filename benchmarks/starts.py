@@ -31,9 +31,16 @@ def in_turn(contestants: Iterable[Contestant], series: Series, measure: Callable
             series.fail(contestant.name, str(error))
 
 
-def life(contestants: list[Contestant], wanted: set[str], rounds: int) -> list[Row]:
-    """Rounds of start, interrupt, restart, restart now, shutdown; then start, kill -9."""
-    rows = {
+def life(contestants: list[Contestant], wanted: set[str], rounds: int, rows: dict[str, Row] | None = None) -> list[Row]:
+    """Rounds of start, interrupt, restart, restart now, shutdown; then start, kill -9.
+
+    Args:
+        contestants: In this order.
+        wanted: Steps of `LIFE` that are told.
+        rounds: That count.
+        rows: For the samples; None: those of kernels on this machine.
+    """
+    rows = rows or {
         "start": Row("start to ready (ipykernel)", "ms", Series(), Goal(1.2, of="local")),
         "interrupt": Row("interrupt: call to execute_reply", "ms", Series(), Goal(1.2, of="local")),
         "restart": Row("restart", "ms", Series(), Goal(1.2, of="local")),

@@ -41,6 +41,16 @@ async def start(kernel: str, slot: str = "") -> float:
     return clock() - began
 
 
+async def phases(kernel: str, slot: str = "") -> list[float]:
+    """Seconds from the call of start_kernel until it has returned, and until the kernel answers."""
+    manager = managers[slot] = AsyncKernelManager(kernel_name=kernel)
+    began = clock()
+    await manager.start_kernel()
+    returned = clock() - began
+    await _answered(slot)
+    return [returned, clock() - began]
+
+
 async def _answered(slot: str) -> None:
     """Connect a new client and wait for the reply to its first request."""
     if slot in clients:
@@ -246,6 +256,7 @@ async def about() -> dict[str, str]:
 async def main() -> None:
     functions = (
         start,
+        phases,
         ports,
         execute,
         watch,

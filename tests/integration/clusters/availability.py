@@ -6,8 +6,6 @@ import os
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-import pytest
-
 T = TypeVar("T")
 
 
@@ -25,6 +23,8 @@ def require(name: str, reason: str) -> NoReturn:
         name: What is missing, such as "slurm".
         reason: Why, and what to do about it.
     """
+    import pytest  # not above: benchmarks use the clusters, too
+
     required = {word.strip() for word in os.environ.get("GP_TEST_REQUIRE", "").split(",")}
     if required & {name, "all"}:
         pytest.fail(f"{name}: {reason} (GP_TEST_REQUIRE forbids to skip it)", pytrace=False)

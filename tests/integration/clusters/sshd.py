@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from clusters.availability import Unavailable
+from clusters.wan import Link
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/sbin") or ""
 
@@ -20,11 +21,15 @@ SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/sbin") or ""
 class Sshd:
     """One host that is this machine.
 
+    Args:
+        link: The host has a network of its own, behind this line; None: this machine's.
+
     Attributes:
         config: Of ssh, with the host as ``h1``, as ``h2`` through ``h1``, and as ``h3`` through two.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, link: Link | None = None) -> None:
+        self._link = link
         self.folder = Path(tempfile.mkdtemp(prefix="gp-sshd-"))
         self.config = self.folder / "ssh_config"
         self.port = 0
@@ -44,27 +49,33 @@ class Sshd:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         (self.folder / "sshd_config").write_text(
-            f"ListenAddress 127.0.0.1\nPort {self.port}\nHostKey {self.folder}/host_key\nPidFile none\nStrictModes no\n"
-            f"AuthorizedKeysFile {self.folder}/id.pub\nUsePAM no\nPasswordAuthentication no\nMaxStartups 100\n"
+            f"ListenAddress {self._address}\nPort {self.port}\nHostKey {self.folder}/host_key\nPidFile none\n"
+            f"StrictModes no\nAuthorizedKeysFile {self.folder}/id.pub\nUsePAM no\nPasswordAuthentication no\n"
+            "MaxStartups 100\n"
         )
         public = " ".join((self.folder / "host_key.pub").read_text().split()[:2])
-        (self.folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {public}\n")
+        (self.folder / "known_hosts").write_text(f"[{self._address}]:{self.port} {public}\n")
         self.config.write_text(
             "Host h2\n ProxyJump h1\nHost h3\n ProxyJump h1,h4\n"
-            f"Host h1 h2 h3 h4\n HostName 127.0.0.1\n Port {self.port}\n IdentityFile {self.folder}/id\n"
+            f"Host h1 h2 h3 h4\n HostName {self._address}\n Port {self.port}\n IdentityFile {self.folder}/id\n"
             f" IdentitiesOnly yes\n UserKnownHostsFile {self.folder}/known_hosts\n GlobalKnownHostsFile none\n"
         )
         self.start()
+
+    @property
+    def _address(self) -> str:
+        return self._link.far if self._link is not None else "127.0.0.1"
 
     def start(self) -> None:
         """Start the listener, and wait for it."""
         log = (self.folder / "log").open("ab")
         argv = [SSHD, "-D", "-e", "-f", str(self.folder / "sshd_config")]
+        argv = self._link.there(*argv) if self._link is not None else argv
         self._process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         log.close()
         deadline = time.monotonic() + 10
         while True:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as peer:
+            with suppress(OSError), socket.create_connection((self._address, self.port), 1) as peer:
                 if peer.recv(4) == b"SSH-":
                     return
             if self._process.poll() is not None or time.monotonic() > deadline:
