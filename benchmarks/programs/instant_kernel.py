@@ -13,12 +13,13 @@ PORTS = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
 def main(path):
     with open(path) as file:
         text = file.read()
+    address = "0.0.0.0" if '"0.0.0.0"' in text else "127.0.0.1"  # clients on another machine come by direct ports
     listening = []
     for name in PORTS:
         digits = text.split('"' + name + '"', 1)[1].lstrip(": ").split(",")[0].split("}")[0]
         listener = socket()
         listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", int(digits)))
+        listener.bind((address, int(digits)))
         listener.listen(128)
         listening.append(listener)
     while True:

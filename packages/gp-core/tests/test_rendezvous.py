@@ -359,7 +359,7 @@ async def test_no_secret_is_logged(server: KernelServer, known: Known, caplog: p
 async def test_mutated_conversations_raise_nothing_and_grow_nothing(
     server: KernelServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A launcher's bytes after TLS, changed at random 20,000 times: a frame, a refusal or a closed session."""
+    """A launcher's bytes after TLS, changed at random, GP_TEST_FRAMES times: a frame, a refusal or a closed session."""
     caplog.set_level(logging.CRITICAL)
     dice = random.Random(8877)
     good = [
@@ -377,7 +377,7 @@ async def test_mutated_conversations_raise_nothing_and_grow_nothing(
 
     quiet = object.__new__(Quiet)
     quiet.__dict__.update(server.rendezvous.__dict__)
-    for number in range(20_000):
+    for number in range(int(os.environ.get("GP_TEST_FRAMES", "20000"))):
         session = Session(quiet)
         if number % 2:
             session.kernel = Known()

@@ -123,6 +123,21 @@ def test_a_launcher_is_started_looked_at_and_ended(home: Path, request_: LaunchR
     runtime().submit(life()).result(60)
 
 
+def test_many_questions_travel_together_and_one_error_is_one_answer(home: Path) -> None:
+    async def life() -> None:
+        line: Any = Here(home)
+        host = RemoteHost(line, sys.executable)
+        await host.visit()
+        asked = line.questions
+        good = [host.ask("logs", {**LOG, "kernel_id": f"k{number}"}) for number in range(40)]
+        *texts, error = await asyncio.gather(*good, host.ask("logs", {}), return_exceptions=True)
+        assert texts == [{"text": ""}] * 40
+        assert "KeyError" in str(error)
+        assert line.questions - asked <= 6
+
+    runtime().submit(life()).result(60)
+
+
 def test_notes_from_before_a_reboot_go_and_those_of_other_hosts_stay(home: Path, request_: LaunchRequest) -> None:
     async def life() -> None:
         line: Any = Here(home)

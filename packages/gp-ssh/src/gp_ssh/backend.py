@@ -186,7 +186,7 @@ class SshBackend(Backend):
         host.release(handle["kernel_id"])
 
     async def _kill(self, handle: Handle, signum: int) -> None:
-        await (await self._host_of(handle)).ask("kill", {"note": handle["note"], "signal": int(signum)})
+        await (await self._host_of(handle)).kill(handle["note"], int(signum))
 
     async def logs(self, handle: Handle, *, tail: int = 50) -> str:
         asked = {"installation": self.installation, "kernel_id": file_name(handle["kernel_id"]), "tail": tail}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Request = Dict[str, Any]
 
 KEPT_LOGS = 100
+ENDING = 0.5  # seconds for a launcher that was told to end, until the answer that it has not
 
 
 def folder(*names: str) -> str:
@@ -215,13 +216,14 @@ def status(request: Request, more: bytes) -> Request:
 
 
 def kill(request: Request, more: bytes) -> Request:
-    """Send a signal to a launcher, which hands it on to its kernel.
+    """Send a signal to a launcher, which hands it on to its kernel; `main` waits a little if that should end it.
 
     One that is not ours may leave children, so its end is that of its whole group, whose number is not given away as
     long as one of them is there.
     """
     note, number = request["note"], request["signal"]
-    if note.get("ours", True) or number not in (signal.SIGTERM, signal.SIGKILL):
+    ends = number in (signal.SIGTERM, signal.SIGKILL)
+    if note.get("ours", True) or not ends:
         if is_there(note):
             os.kill(note["pid"], number)
     elif note["boot"] == boot_id() and started(note["pid"]) in (None, note["started"]):
@@ -229,7 +231,7 @@ def kill(request: Request, more: bytes) -> Request:
             os.killpg(note["pid"], number)
         except ProcessLookupError:
             pass
-    return {}
+    return {"ending": note} if ends else {"gone": False}
 
 
 def logs(request: Request, more: bytes) -> Request:
@@ -280,12 +282,24 @@ QUESTIONS: dict[str, Callable[[Request, bytes], Request]] = {
 }
 
 
-def main(request: Request, more: bytes) -> None:
+def answered(request: Request, more: bytes) -> Request:
+    try:
+        return QUESTIONS[request["ask"]](request, more)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def main(asked: Request, more: bytes) -> None:
+    """Answer all requests, one after the other; ``more`` comes with a single one."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a lost connection must not leave a half-made file
     os.umask(0o077)
-    try:
-        answer = QUESTIONS[request["ask"]](request, more)
-    except Exception as error:
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    sys.stdout.write(f"\n{request['mark']} {json.dumps(answer)}\n")
+    answers = [answered(request, more) for request in asked["requests"]]
+    deadline = time.monotonic() + ENDING  # for all of them
+    for answer in answers:
+        note = answer.pop("ending", None)
+        if note is not None:
+            while is_there(note) and time.monotonic() < deadline:
+                time.sleep(0.005)
+            answer["gone"] = not is_there(note)
+    sys.stdout.write(f"\n{asked['mark']} {json.dumps(answers)}\n")
     sys.stdout.flush()

@@ -6,13 +6,12 @@ import asyncio
 import functools
 import hashlib
 import inspect
-import json
 import logging
 import math
 import os
-import secrets
 import shlex
 import time
+from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,20 +21,16 @@ from gp_core import BackendError, LaunchRequest, Reason, blocking
 from gp_core.balancing import Ledger
 from gp_core.runtime import runtime
 
-from . import far, survey
+from . import survey
 from .connection import ConnectionFailed
 from .forward import Forward
 from .hosts import Client, Entry
 from .pool import Line, Pool, Shared
+from .questions import LOADER, NoAnswer, Questions, by
 
 log = logging.getLogger(__name__)
 
-SCRIPT = inspect.getsource(far).encode()
 SURVEY = inspect.getsource(survey).encode()
-LOADER = (
-    "import json,sys;i=sys.stdin.buffer;a,b,c=map(int,i.readline().split());"
-    'exec(compile(i.read(a),"far","exec"));r=json.loads(i.read(b));main(r,i.read(c))'
-)
 CANDIDATES = (
     "python3", *(f"python3.{minor}" for minor in range(14, 7, -1)), "python", "/usr/libexec/platform-python",
     "~/miniforge3/bin/python", "~/miniconda3/bin/python", "~/anaconda3/bin/python", "/opt/conda/bin/python",
@@ -45,14 +40,9 @@ SHORTEST, LONGEST = 1.0, 15.0  # seconds until the next attempt to mend it
 LOAD_HOLDS, LOAD_WITHIN = 2.0, 5.0  # seconds for which an answer is good, and may take
 TOGETHER = 0.02  # seconds in which questions for the state of kernels are gathered into one
 NO_PYTHON = Reason("NoPython", "Install Python 3.8 or newer on the host, or say where it is by remote_python.")
-NO_SUDO = Reason(
-    "ImpersonationFailed",
-    "Let the user of the ssh connection become the kernel's without a password (NOPASSWD in sudoers of the host).",
-)
 DENIED = Reason(
     "UserProhibited", "Choose another user, or have the operator look at prohibited_uids and prohibited_gids."
 )
-FAR_FAILED = Reason("HostFailed", "The host's own message is above; often its disk is full or the home is read-only.")
 
 
 @dataclass(frozen=True)
@@ -104,10 +94,12 @@ class RemoteHost:
         self.user = user
         self.facts: Facts | None = None
         self._python = python
+        self._questions = Questions(line, user)
         self._reached: dict[tuple[tuple[str, int], ...], bool] = {}
         self.look = Shared(self._look)  #: goes there in any case
         self._load = (-math.inf, math.inf)  # when it was asked for, and what it was
         self._ask_load = Shared(lambda: self.ask("load", {}))
+        self._ended: deque[Mapping[str, Any]] = deque(maxlen=100)  # notes
         self._gathered: list[tuple[Mapping[str, Any], asyncio.Future[bool]]] = []
         # by listener, and the port that was asked for: a server may have taken kernels over from several others
         self._forwards: dict[tuple[tuple[str, int], int], Forward] = {}
@@ -127,7 +119,8 @@ class RemoteHost:
         return self.facts or await self.look()
 
     async def _look(self) -> Facts:
-        answer = await self._ask(_search([self._python] if self._python else CANDIDATES), "look", {})
+        search = _search([self._python] if self._python else CANDIDATES)
+        answer = await self._questions.ask_alone(search, {"ask": "look"})
         if "pythons" in answer:
             found = answer["pythons"].strip() or "none"
             raise ConnectionFailed(f"{self.name} has no Python that can be used; found: {found}", NO_PYTHON)
@@ -160,9 +153,14 @@ class RemoteHost:
             ConnectionFailed: The host cannot be reached.
             BackendError: It answered with an error.
         """
-        facts = await self.visit()
-        line = f"exec {shlex.quote(facts.python)} -I -S -c {shlex.quote(LOADER)}"
-        return await self._ask(line, question, request, more)
+        python, asked = (await self.visit()).python, {**request, "ask": question}
+        try:
+            if more:
+                return await self._questions.ask_alone(by(python), asked, more)
+            return await self._questions.ask(python, asked)
+        except NoAnswer:
+            self.facts = None  # its Python may have gone: look again
+            raise
 
     async def start(
         self, request: LaunchRequest, argv: Sequence[str], installation: str, dial_first: str = ""
@@ -209,8 +207,15 @@ class RemoteHost:
         found: list[dict[str, Any]] = (await self.ask("environments", {}, SURVEY))["found"]
         return found
 
+    async def kill(self, note: Mapping[str, Any], signum: int) -> None:
+        """Send a signal to the launcher of a note; if that ends it, `runs` need not ask."""
+        if (await self.ask("kill", {"note": dict(note), "signal": signum}))["gone"]:
+            self._ended.append(dict(note))
+
     async def runs(self, note: Mapping[str, Any]) -> bool:
         """Whether the launcher of a note runs; all that is asked at the same time is one question to the host."""
+        if note in self._ended:
+            return False
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._gathered.append((note, answer))
         if len(self._gathered) == 1:
@@ -280,29 +285,6 @@ class RemoteHost:
         del self._forwards[key]
         forward.close()
 
-    # -- parts
-
-    async def _ask(self, line: str, question: str, request: Mapping[str, Any], more: bytes = b"") -> dict[str, Any]:
-        mark = secrets.token_hex(8)
-        asked = json.dumps({**request, "ask": question, "mark": mark}).encode()
-        data = b"%d %d %d\n" % (len(SCRIPT), len(asked), len(more)) + SCRIPT + asked + more
-        line = line.replace("@mark@", mark)
-        if self.user:
-            line = f"exec sudo -n -H -u {shlex.quote(self.user)} -- /bin/sh -c {shlex.quote(line)}"
-        done = await self.line.run(line, data)
-        for text in done.output.decode("utf-8", "replace").splitlines():  # login shells print whatever they like
-            if text.startswith(mark):
-                answer: dict[str, Any] = json.loads(text[len(mark) :])
-                if "error" in answer:
-                    raise BackendError(f"{self.name}: {answer['error']} [{FAR_FAILED.code}]\n{FAR_FAILED.advice}")
-                return answer
-        self.facts = None  # its Python may have gone: look again
-        said = (done.errors or done.output).decode("utf-8", "replace").strip()
-        if self.user and "sudo" in said:
-            text = f"{self.name} does not let us run kernels as {self.user}: {said[-500:]}"
-            raise ConnectionFailed(text, NO_SUDO, of_host=False)
-        raise BackendError(f"{self.name} gave no answer (exit code {done.code}): {said[-500:]}")
-
 
 @dataclass
 class Known:
@@ -366,7 +348,7 @@ def _search(candidates: Sequence[str]) -> str:
         f"l={shlex.quote(LOADER)}; c={shlex.quote(check)}; f=; for p in {names}; do "
         'command -v "$p" >/dev/null 2>&1 || continue; v=$("$p" -I -S -c "$c" </dev/null 2>/dev/null) && '
         'exec "$p" -I -S -c "$l"; f="$f $p ${v:-broken}"; done; '
-        'printf "\\n@mark@ {\\"pythons\\": \\"%s\\"}\\n" "$f"'
+        'printf "\\n@mark@ [{\\"pythons\\": \\"%s\\"}]\\n" "$f"'
     )
 
 
