@@ -33,7 +33,9 @@ def test_the_help_names_every_command(gp: Gp) -> None:
     assert [command for command in COMMANDS if f"\n  {command} " not in out] == []
 
 
-@pytest.mark.parametrize("argv", [["--help-all"], ["ps", "--help-all"]])
+@pytest.mark.parametrize(
+    "argv", [["--help-all"], ["ps", "--help-all"], ["stop", "--help-all"], ["install", "--help-all"]]
+)
 def test_all_options_are_shown_on_demand(gp: Gp, far: Path, argv: list[str]) -> None:
     ran = gp(*argv)
     assert ran.code == 0
@@ -50,6 +52,7 @@ def test_all_options_are_shown_on_demand(gp: Gp, far: Path, argv: list[str]) -> 
         (["list", "--jsno"], "--jsno"),
         (["list", "extra"], "extra"),
         (["stop"], "KERNEL_ID"),
+        (["ps", "--config", "/nowhere.py"], "/nowhere.py"),
         (["logs", "abc", "-n", "0"], "number of lines"),
         (["install", "far", "--from", "a", "--template", "b"], "not allowed with"),
     ],

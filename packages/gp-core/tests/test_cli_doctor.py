@@ -181,6 +181,24 @@ class TestKernelspec:
     def test_one_that_is_not_there(self, gp: Gp) -> None:
         assert "no kernelspec" in gp.fails("doctor", "nope")
 
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"argv": ["python", 3]},
+            {"metadata": ["x"]},
+            {"metadata": {"kernel_provisioner": "local"}},
+            {"metadata": {"kernel_provisioner": {"provisioner_name": 1}}},
+            {"metadata": {"kernel_provisioner": {"provisioner_name": "gp-local-provisioner", "config": "x"}}},
+            {"env": ["A=1"]},
+        ],
+        ids=str,
+    )
+    def test_one_whose_parts_are_of_the_wrong_kind(self, gp: Gp, tmp_path: Path, changes: dict[str, Any]) -> None:
+        write_spec(tmp_path, "odd", **changes)
+        assert "is no kernelspec" in wrong(gp)["text"]
+        assert gp("doctor", "odd").code == 1
+        assert gp("install", "local", "--from", "odd").code == 1
+
     def test_one_that_cannot_be_read_does_not_hide_the_others(self, gp: Gp, tmp_path: Path) -> None:
         write_spec(tmp_path, "a", "{")
         write_spec(tmp_path, "b")
@@ -221,14 +239,20 @@ class TestProcess:
         monkeypatch.setenv("GP_AUTHORIZED_USERS", "somebody-else")
         assert wrong(gp)["subject"] == "user"
 
+    def test_a_variable_without_effect(self, gp: Gp, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("GP_POLL_INTERVAL", "0.5")
+        assert about(examine(gp), "environment").startswith("GP_POLL_INTERVAL has no effect")
+
     def test_a_folder_that_others_may_read(self, gp: Gp, installation: Path) -> None:
         installation.mkdir(mode=0o755)
         finding = wrong(gp)
         assert finding["advice"] == f"chmod 700 {installation}"
         installation.chmod(0o700)
-        (installation / "server.pem").write_text("key")
-        (installation / "server.pem").chmod(0o644)
-        assert wrong(gp)["advice"] == f"chmod 600 {installation / 'server.pem'}"
+        for name in ("server.pem", "seal.key"):
+            (installation / name).write_text("key")
+            (installation / name).chmod(0o644)
+            assert wrong(gp)["advice"] == f"chmod 600 {installation / name}"
+            (installation / name).unlink()
 
     @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
     def test_a_folder_of_somebody_else(self, gp: Gp, installation: Path) -> None:

@@ -24,7 +24,7 @@ def test_text_round_trip(ports):
 
 @pytest.mark.parametrize("text", ["", "  ", "0..0", " 0..0 "])
 def test_any_port(text):
-    ports = PortRange.parse(text, min_size=1000)
+    ports = PortRange.parse(text)
     assert ports.is_any
     assert ports == PortRange()
     assert 1 in ports
@@ -57,12 +57,6 @@ def test_any_port(text):
 def test_bad_ranges_are_named(text):
     with pytest.raises(ConfigError, match="port_range"):
         PortRange.parse(text)
-
-
-def test_smallest_size():
-    assert PortRange.parse("40000..40999", min_size=1000) == PortRange(40000, 40999)
-    with pytest.raises(ConfigError, match="has 999 ports; at least 1000"):
-        PortRange.parse("40000..40998", min_size=1000)
 
 
 @given(st.text(alphabet="0123456789. x"))

@@ -11,6 +11,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from gp_core import protocol, rendezvous
 from gp_core.errors import LaunchFailed, ProtocolError
 from gp_core.protocol import Hello, Message
-from gp_core.rendezvous import Rendezvous, Session
+from gp_core.rendezvous import Rendezvous, Session, own_addresses
 from gp_core.runtime import runtime
 from gp_core.server import KernelServer, kernel_server
 from gp_core.store import Owner, Record
@@ -452,6 +453,15 @@ async def test_bind_and_advertise_are_separate_and_know_ipv6(monkeypatch: pytest
     for host in ("127.0.0.1", "::1"):
         _, writer = await asyncio.open_connection(host, made.port)
         writer.close()
+
+
+def test_own_addresses_of_both_kinds_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {"lo": ["::1"], "eth0": ["fe80::1%eth0", "2001:db8::7"], "docker0": ["fd00::1"]}
+    made = {card: [SimpleNamespace(family=socket.AF_INET6, address=ip) for ip in ips] for card, ips in cards.items()}
+    monkeypatch.setattr("psutil.net_if_addrs", lambda: made)
+    monkeypatch.setattr("jupyter_client.localinterfaces.public_ips", lambda: ["192.0.2.7", "172.17.0.1"])
+    assert own_addresses(["172.17.*", "fd00:*"], six=True) == ["192.0.2.7", "2001:db8::7"]
+    assert own_addresses([]) == ["192.0.2.7", "172.17.0.1"]
 
 
 async def test_only_the_loopback_is_bound_while_all_backends_run_here(server: KernelServer) -> None:

@@ -172,7 +172,26 @@ def read_kernelspec(manager: KernelSpecManager, name: str) -> Kernelspec:
         raise ConfigError(f"{path} cannot be read: {reason}") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("argv"), list) or not spec["argv"]:
         raise ConfigError(f"{path} is no kernelspec: it has no argv")
+    if wrong := _wrong(spec):
+        raise ConfigError(f"{path} is no kernelspec: {wrong}")
     return Kernelspec(folder.name if os.sep in name else name.lower(), folder, spec)
+
+
+def _wrong(spec: Mapping[str, Any]) -> str:
+    """Return what is of the wrong kind in a kernel.json, or nothing."""
+    if not all(isinstance(part, str) for part in spec["argv"]):
+        return "its argv holds something else than texts"
+    metadata = spec.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        return "its metadata is no object"
+    stanza = metadata.get("kernel_provisioner") or {}
+    if not isinstance(stanza, dict) or not isinstance(stanza.get("config") or {}, dict):
+        return "its kernel_provisioner, or the config in it, is no object"
+    if not isinstance(stanza.get("provisioner_name", ""), str):
+        return "its provisioner_name is no text"
+    if not isinstance(spec.get("env") or {}, dict):
+        return "its env is no object"
+    return ""
 
 
 def template(name: str, provisioner: str) -> Kernelspec:

@@ -47,8 +47,6 @@ WITHOUT_EFFECT = {
 }
 """Names of the peer that are accepted and do nothing, and why."""
 
-NUMBERS = ("prohibited_uids", "prohibited_gids")
-
 
 class ProvisionerOptions(LoggingConfigurable):
     """The options that every backend's kernels have."""

@@ -23,15 +23,14 @@ class PortRange:
     high: int = 0
 
     @classmethod
-    def parse(cls, text: str, *, min_size: int = 0) -> PortRange:
+    def parse(cls, text: str) -> PortRange:
         """Read ``low..high``.
 
         Args:
             text: Such as ``"40000..41999"``; empty and ``"0..0"`` mean any port.
-            min_size: Smallest number of ports that a limited range may have.
 
         Raises:
-            ConfigError: Not two numbers, out of 1024 to 65535, reversed, or fewer ports than ``min_size``.
+            ConfigError: Not two numbers, out of 1024 to 65535, or reversed.
         """
         match = re.fullmatch(r"\s*([0-9]{1,6})\s*\.\.\s*([0-9]{1,6})\s*", text) if text.strip() else None
         if match is None:
@@ -43,8 +42,6 @@ class PortRange:
             return cls()
         if not LOWEST <= low <= high <= HIGHEST:
             raise ConfigError(f"port_range {text!r} must lie within {LOWEST}..{HIGHEST}, the lower port first")
-        if high - low + 1 < min_size:
-            raise ConfigError(f"port_range {text!r} has {high - low + 1} ports; at least {min_size} are required")
         return cls(low, high)
 
     @property

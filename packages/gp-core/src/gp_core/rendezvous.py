@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import resource
 import socket
 import ssl
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 from gp_launchers.tls import RECORD, decrypt, room
 from gp_launchers.wire import (
@@ -385,11 +386,22 @@ def _raise_file_limit() -> int:
     return soft
 
 
-def own_addresses(prohibited: list[str]) -> list[str]:
-    """Return this machine's addresses that launchers elsewhere may reach, best first; never loopback."""
+def own_addresses(prohibited: list[str], *, six: bool = False) -> list[str]:
+    """Return this machine's addresses that launchers elsewhere may reach, best first; never loopback.
+
+    Args:
+        prohibited: Patterns of those to leave out.
+        six: Those of IPv6 come after those of IPv4.
+    """
     import fnmatch
 
+    import psutil
     from jupyter_client.localinterfaces import public_ips
 
-    found: Any = public_ips()
+    found: list[str] = [*public_ips()]
+    if six:
+        every = (
+            one.address for card in psutil.net_if_addrs().values() for one in card if one.family == socket.AF_INET6
+        )
+        found += [ip for ip in every if "%" not in ip and not ipaddress.IPv6Address(ip).is_loopback]  # %: of a link
     return [ip for ip in found if not any(fnmatch.fnmatch(ip, pattern) for pattern in prohibited)]

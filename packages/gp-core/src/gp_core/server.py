@@ -169,7 +169,7 @@ class KernelServer(LoggingConfigurable):
         elif not {"0.0.0.0", "::"} & set(bound):
             hosts = bound
         else:
-            hosts = own_addresses(self.prohibited_local_ips) or ["127.0.0.1"]
+            hosts = own_addresses(self.prohibited_local_ips, six="::" in bound) or ["127.0.0.1"]
         return [f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}" for host in hosts]
 
     @property

@@ -13,7 +13,7 @@ from traitlets.config import Config
 
 from ..backend import Finding
 from ..errors import GPError, StoreError
-from ..options import ProvisionerOptions
+from ..options import WITHOUT_EFFECT, ProvisionerOptions
 from ..plugins import plugins
 from ..policies import check_user, resolve_user
 from ..server import KernelServer, own_user
@@ -33,6 +33,12 @@ def user_findings(server: KernelServer, config: Config) -> list[Finding]:
     except GPError as error:
         return [bad("user", str(error), "change user_source, authorized_users or unauthorized_users")]
     return [good("user", f"{user} (user_source {server.user_source}) may start kernels")]
+
+
+def variable_findings() -> list[Finding]:
+    """Tell of variables that are kept for the peer's sake and do nothing."""
+    found = {f"GP_{name.upper()}": why for name, why in WITHOUT_EFFECT.items()}
+    return [good("environment", f"{name} has no effect: {why}") for name, why in found.items() if name in os.environ]
 
 
 def callback_findings(server: KernelServer) -> list[Finding]:
@@ -95,7 +101,7 @@ def folder_findings(folder: Path) -> list[Finding]:
     if existing != folder:
         return [good("data folder", f"{folder} is made at the first start of a kernel")]
     found = []
-    keys = [path for path in (folder / "server.pem", folder / "server-next.pem") if path.exists()]
+    keys = [path for name in ("server.pem", "server-next.pem", "seal.key") if (path := folder / name).exists()]
     for path in [folder, *(path for path in (folder / "kernels", folder / "logs") if path.exists()), *keys]:
         info = path.stat()
         if info.st_uid != os.getuid():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Coroutine
@@ -73,14 +74,16 @@ class Command(JupyterApp):
             group.add_argument("--json", action="store_true", help="print data for programs")
         group.add_argument("--config", metavar="FILE", help=argparse.SUPPRESS)
         group.add_argument("--help-all", action="store_true", help="show every option of gp, and how to set it")
+        if "--help-all" in (argv or ()):  # before required arguments are missed
+            self._show_all(parser)
+            raise SystemExit(0)
         self.args, rest = parser.parse_known_args(argv)
         for part in rest:
             if not CONFIGURATION.fullmatch(part):
                 parser.error(f"unknown argument {part}")
-        if self.args.help_all:
-            self._show_all(parser)
-            raise SystemExit(0)
         if self.args.config:
+            if not os.path.isfile(self.args.config):  # traitlets would go on without it
+                parser.error(f"--config {self.args.config}: there is no such file")
             self.config_file = self.args.config
         super().parse_command_line(rest)
 

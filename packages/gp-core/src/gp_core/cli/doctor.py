@@ -21,7 +21,7 @@ from ..install import Kernelspec, Offer, offers, provisioner_entries, read_kerne
 from ..options import choose
 from ..plugins import plugins
 from ..server import KernelServer, data_folder
-from .check_process import callback_findings, folder_findings, user_findings
+from .check_process import callback_findings, folder_findings, user_findings, variable_findings
 from .check_specs import spec_findings
 from .command import Command
 from .findings import bad, good
@@ -70,6 +70,7 @@ kernelspecs. The exit code is 1 when something is not right."""
         if not what:
             far = sum(spec.provisioner in known for spec in specs)
             findings.append(good("kernelspecs", f"{len(specs)} found, {far} of them started by a backend of gp"))
+            findings += variable_findings()
         findings += user_findings(server, self.config)
         findings += callback_findings(server)
         findings += folder_findings(data_folder())

@@ -119,7 +119,7 @@ def _kept_config(source: Kernelspec, target: Offer, notes: list[str]) -> dict[st
 
 def _display_name(source: Kernelspec, backend: str) -> str:
     plain = re.sub(r"\s*\(ipykernel\)$", "", str(source.spec.get("display_name") or source.name))
-    return f"{plain} ({backend})"
+    return plain if plain.endswith(f"({backend})") else f"{plain} ({backend})"
 
 
 def _converted(source: Kernelspec, notes: list[str]) -> list[str]:
