@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
@@ -489,6 +491,46 @@ async def test_without_its_launcher_a_restart_is_a_launch_with_the_same_ports_an
     assert started.get_connection_info() == before
     assert launchers()[0].pid != launcher.pid
     assert ask(started)["pid"]
+
+
+@types.coroutine
+def cancelled_at(coroutine: Coroutine[Any, Any, Any], number: int) -> Generator[Any, Any, None]:
+    """Run a coroutine in the current task, which is cancelled where it waits for the number-th time."""
+    future, waits = coroutine.send(None), 1
+    with contextlib.suppress(StopIteration):
+        while True:
+            if waits == number:
+                asyncio.current_task().cancel()  # type: ignore[union-attr]
+            try:
+                value = yield future
+            except BaseException as error:
+                future = coroutine.throw(error)
+            else:
+                future = coroutine.send(value)
+            waits += 1
+
+
+@pytest.mark.parametrize("now", [True, False])
+async def test_a_restart_that_is_cancelled_at_any_await_can_be_tried_again(
+    manager: Make, installation: Path, now: bool
+) -> None:
+    km = manager()
+    km.shutdown_wait_time = 0.3  # the tiny kernel does not know the request
+    await km.start_kernel()
+    number, cancelled = 0, True
+    while cancelled:
+        number += 1
+
+        async def restart(at: int = number) -> None:
+            await cancelled_at(km.restart_kernel(now=now), at)
+
+        cancelled = (await asyncio.gather(asyncio.create_task(restart()), return_exceptions=True))[0] is not None
+        if cancelled:
+            await km.restart_kernel(now=True)
+            assert ask(km)["pid"]
+    assert number > 5
+    await km.shutdown_kernel(now=True)
+    await nothing_left(installation)
 
 
 async def test_a_restart_that_fails_can_be_tried_again(started: AsyncKernelManager) -> None:

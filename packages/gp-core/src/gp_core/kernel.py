@@ -73,6 +73,7 @@ class RemoteKernel:
         self.inherited = False  #: another process started it
         self.user: object | None = None  #: the manager of this process that has it; None: it is only kept alive
         self.leaving = False  #: it is being removed
+        self.cleaning: asyncio.Task[None] | None = None  #: removes what a start that failed or was cancelled has left
         self.is_connected, self._disconnected = asyncio.Event(), asyncio.Event()
         self.listens, self.has_ended, self._forgotten = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._start: Start | None = None
@@ -115,6 +116,8 @@ class RemoteKernel:
             LaunchFailed: See `startup.confirmed`.
         """
         self._stop_lingering()
+        if self.cleaning is not None:
+            await asyncio.wait({self.cleaning})
         if await self._reachable(REDIAL) and "restart" in self.capabilities:
             with self._begun(plan) as start:
                 await start.restart()
@@ -430,6 +433,7 @@ class RemoteKernel:
     async def abandon(self) -> None:
         """Remove a kernel whose start was confirmed just when the caller gave it up."""
         if self._start is None and not self._removed:
+            self.cleaning = asyncio.current_task()
             await self.remove(force=True)
 
     async def farewell(self) -> None:

@@ -279,9 +279,9 @@ class Start:
         detail = CANCELLED.advice if cancelled else str(error)
         kernel.tell(Event.FAILED, detail, data={"reason": reason.code if reason else None})
         kernel.leaving = True
-        cleaning = runtime().spawn(self._clean_up(), name=f"clean-up of kernel {kernel.info.kernel_id}")
+        kernel.cleaning = runtime().spawn(self._clean_up(), name=f"clean-up of kernel {kernel.info.kernel_id}")
         if isinstance(error, Exception):
-            await asyncio.wait({asyncio.shield(cleaning)}, timeout=PATIENCE)
+            await asyncio.wait({asyncio.shield(kernel.cleaning)}, timeout=PATIENCE)
 
     async def _clean_up(self) -> None:
         kernel = self._kernel
