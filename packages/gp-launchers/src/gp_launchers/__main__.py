@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse(sys.argv[1:] if argv is None else argv)
         if options.show:
-            sys.stdout.write(HELP if options.show == "help" else f"gp-launcher {_version()}\n")
+            sys.stdout.write(_shown(options.show))
             return 0
         secrets = read_secrets(options.secrets_file)
     except (UsageError, SecretsError) as error:
@@ -76,10 +76,18 @@ def main(argv: list[str] | None = None) -> int:
             launch.remove_files()
 
 
-def _version() -> str:
-    from . import __version__
+def _shown(what: str) -> str:
+    if what == "help":
+        return HELP
+    if what == "version":
+        from . import __version__
 
-    return __version__
+        return f"gp-launcher {__version__}\n"
+    import json
+
+    from .survey import found
+
+    return json.dumps(found()) + "\n"
 
 
 def _fill_standard_streams() -> None:

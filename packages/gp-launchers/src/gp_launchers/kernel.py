@@ -6,6 +6,7 @@ import os
 import time
 
 from .errors import StartError
+from .memory import oom_kills
 from .probe import AWAITED, accepts
 
 TYPE_CHECKING = False
@@ -24,7 +25,7 @@ class Exit:
 
     Args:
         code: Exit code, negative for a signal, None if nobody knows.
-        reason: None, or why it could not even be started.
+        reason: None, or why it could not even be started, or was ended by the system.
         detail: Text that belongs to the reason.
     """
 
@@ -66,6 +67,7 @@ class Watched:
         self.stderr = -1
         self.stderr_tail = b""
         self._awaited = list(AWAITED)
+        self._oom_kills = oom_kills()
 
     def is_listening(self) -> bool:
         """Look whether shell, iopub and control accept; once they do, the ports are the kernel's own business."""
@@ -80,6 +82,8 @@ class Watched:
 
     def ended(self, code: int | None) -> None:
         """Take note that the process is gone."""
+        if self.exit is None and code == -_SIGKILL and oom_kills() > self._oom_kills:
+            self.exit = Exit(code, "OutOfMemory", "the kernel used up its memory, and the system ended it")
         self.exit = self.exit or Exit(code)
 
 
@@ -102,6 +106,7 @@ class Kernel(Watched):
         self.exit = None
         self.pid = 0
         self.stderr_tail = b""
+        self._oom_kills = oom_kills()
         if isinstance(outcome, StartError):
             self.launch.log("run %d: %s: %s", self.run, outcome.reason, outcome.detail)
             self.exit = Exit(outcome.code, outcome.reason, outcome.detail)

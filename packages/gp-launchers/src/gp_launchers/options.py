@@ -26,6 +26,7 @@ Its token and the kernel's connection come as JSON in the environment variable G
   --transport-encryption X  accepted and offered as a placeholder
   --attach PID              watch a kernel that runs in process PID instead of starting one; needs --connection-file
   --connection-file PATH    with --attach: where to write it
+  --survey                  print the kernels that could be started here, as JSON
   --version, --help
 
 The kernel's argv may hold {connection_file}, {kernel_id}, {port_range}, {response_address}, {public_key} and
@@ -41,7 +42,7 @@ class Options:
     """What the command line says; attributes are named as the options are."""
 
     def __init__(self) -> None:
-        self.show = ""  # "help" or "version"
+        self.show = ""  # "help", "version" or "survey"
         self.kernel_id = ""
         self.response_address: list[tuple[str, int]] = []
         self.public_key: list[str] = []
@@ -79,8 +80,8 @@ def parse(argv: list[str]) -> Options:
             if not options.argv:
                 raise UsageError("there is no kernel argv after `--`")
             break
-        if word in ("-h", "--help", "--version"):
-            options.show = "version" if word == "--version" else "help"
+        if word in ("-h", "--help", "--version", "--survey"):
+            options.show = {"--version": "version", "--survey": "survey"}.get(word, "help")
             return options
         name, equals, value = word.partition("=")
         option = name[2:].replace("_", "-") if name.startswith("--") else ""

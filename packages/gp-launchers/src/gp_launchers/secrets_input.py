@@ -80,7 +80,7 @@ def _read_file(path: str) -> str:
         finally:
             if descriptor:
                 os.close(descriptor)
-        if path != "-" and os.access(path, os.W_OK):
+        if path != "-":
             _delete(path)
         return b"".join(parts).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,6 +1,6 @@
-"""Finds kernels that could be started on a host: its kernelspecs, and its conda and virtual environments.
+"""Find kernels that could be started here: kernelspecs, and conda and virtual environments.
 
-`gp_ssh.far.environments` runs this over there, on a Python >= 3.8 and with the standard library only.
+`gp-launcher --survey` prints them; gp-ssh sends this file alone to a host.
 """
 
 from __future__ import annotations

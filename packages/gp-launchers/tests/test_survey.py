@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gp_ssh import survey
+from gp_launchers import survey
 
 IPYKERNEL = ["-m", "ipykernel_launcher", "-f", "{connection_file}"]
 
