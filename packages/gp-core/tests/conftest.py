@@ -136,4 +136,4 @@ def launchers() -> list[psutil.Process]:
 
 async def nothing_left(folder: Path) -> None:
     """Fail if a launcher or a record stays."""
-    await until(lambda: not launchers() and not list((folder / "kernels").glob("*")))
+    await until(lambda: not launchers() and not list((folder / "kernels").glob("*")), 20.0)

@@ -84,6 +84,7 @@ class TestPs:
             "host": "far-1",
             "state": "running",
             "job": "running",
+            "handle": {"kernel_id": "k-1"},
             "detail": "",
             "owner": {"host": ALIVE.host, "pid": os.getpid(), "alive": True},
             "record": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,7 @@ import pytest
 
 from gp_core import BackendError, State
 from gp_core.errors import LaunchFailed, LaunchTimeout
+from gp_core.protocol import PORTS
 from gp_core.runtime import runtime
 from gp_core.testing import BackendContract, FakeBackend, FakeLauncher, FakePlatform, Fault, Installation, StallDetector
 
@@ -633,6 +635,20 @@ class TestFakes:
                 await gp.start()
 
         self.run(tmp_path, work, timeout=0.5)
+
+    def test_ports_of_a_kernel_that_lead_nowhere_are_told(self, platform: FakePlatform, tmp_path: Path) -> None:
+        with socket.socket() as nobody:
+            nobody.bind(("127.0.0.1", 0))  # and does not listen
+            port = nobody.getsockname()[1]
+            platform.conduct = FakeLauncher.Conduct(listening_lies={"ports": dict.fromkeys(PORTS, port)})
+
+            async def work(gp: Installation) -> None:
+                gp.channels = "direct"
+                with pytest.raises(LaunchFailed, match=f"127.0.0.1 port {port}.*refused.*KernelUnreachable"):
+                    await gp.start()
+                assert await gp.backend().discover() == []
+
+            self.run(tmp_path, work)
 
     def test_faults_of_the_platform(self, platform: FakePlatform, tmp_path: Path) -> None:
         async def work(gp: Installation) -> None:

@@ -55,6 +55,7 @@ def test_what_is_there_is_shown_and_what_to_say_next(gp: Gp, far: Path, tmp_path
     for part in ("h1-science", "h1-my-env", "h2-science", "Python 3.12 (science) @ h2", "/opt/science"):
         assert part in said.out
     assert "jupyter gp install far --host h1,h2 --discover NAME" in said.out
+    assert "far --image h1 --discover NAME" in gp("install", "far", "--image", "h1", "--discover").out
     assert not (tmp_path / "jupyter_data_dir/kernels").exists()
 
 

@@ -163,6 +163,13 @@ class TestPeer:
         assert data["spec"]["argv"] == ["python3", *IPYKERNEL]
         assert any("launch_ipykernel.py" in note for note in data["notes"])
 
+    def test_so_it_does_of_its_script_for_containers(self, gp: Gp, tmp_path: Path) -> None:
+        argv = [part.replace("launch_ipykernel", "launch_docker") for part in PEER]
+        write_spec(tmp_path, "k", argv=argv, language="python", metadata=stanza("docker-provisioner"))
+        assert gp.json("install", "far", "--from", "k")["spec"]["argv"] == ["python3", *IPYKERNEL]
+        write_spec(tmp_path, "r", argv=argv, language="R", metadata=stanza("docker-provisioner"))
+        assert "in a way that is not known" in gp.fails("install", "far", "--from", "r")
+
     def test_its_kernel_class_is_kept(self, gp: Gp, tmp_path: Path) -> None:
         write_spec(tmp_path, "k", argv=[*PEER, "--kernel-class-name", "my.Kernel"])
         argv = gp.json("install", "far", "--from", "k")["spec"]["argv"]
@@ -174,9 +181,9 @@ class TestPeer:
             [*PEER, "--spark-context-initialization-mode", "lazy"],
             [*PEER, "--something-else", "1"],
             ["bash", "{resource_dir}/bin/run.sh", *PEER[2:]],
-            ["python", "{resource_dir}/scripts/launch_docker.py", *PEER[2:]],
+            ["python", "{resource_dir}/scripts/launch_kubernetes.py", *PEER[2:]],
         ],
-        ids=["spark", "unknown option", "script", "container"],
+        ids=["spark", "unknown option", "script", "pod"],
     )
     def test_what_is_not_recognised_is_refused_with_a_way_out(self, gp: Gp, tmp_path: Path, argv: list[str]) -> None:
         write_spec(tmp_path, "k", argv=argv)

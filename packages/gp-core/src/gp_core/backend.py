@@ -218,6 +218,14 @@ class Backend(LoggingConfigurable, metaclass=_Meta):
 
         return installation(data_folder())
 
+    async def recorded(self) -> list[Handle]:
+        """Return the handles of this backend's kernels that this installation has records of, of any of its servers."""
+        from .runtime import blocking
+        from .server import kernel_server
+
+        records = await blocking(kernel_server(self.config).store.list)
+        return [record.handle for record in records if record.backend == self.name and record.handle]
+
     async def launch(self, request: LaunchRequest) -> Handle:
         """Start a kernel's job and return as soon as its handle is known; do not wait for the kernel.
 

@@ -106,6 +106,11 @@ def wants_load(algorithm: str) -> bool:
     return algorithm == "least-load" or algorithm not in ALGORITHMS
 
 
+def wants_kernels(algorithm: str) -> bool:
+    """Whether an algorithm looks at `Host.kernels`; those that this process knows of nobody has to ask for."""
+    return algorithm == "least-connection" or wants_load(algorithm)
+
+
 @hookimpl(trylast=True)
 def gp_select_host(algorithm: str, hosts: Sequence[Host], kernel: KernelInfo) -> str:
     """Choose by one of `ALGORITHMS`.
@@ -176,6 +181,9 @@ class Ledger:
     def _left_out(self, host: str, now: float) -> bool:
         failure = self._failures.get(host)
         return failure is not None and failure.holds(now)
+
+    def __contains__(self, kernel_id: str) -> bool:
+        return kernel_id in self._hosts
 
     def started(self, host: str, kernel_id: str) -> None:
         """Book a kernel as soon as its host is chosen, so that starts at the same time see each other."""

@@ -28,6 +28,7 @@ class Reason:
 KERNEL_DIED = Reason(
     "KernelDied", "Read the last lines of its output above; often a package such as ipykernel is missing there."
 )
+OUT_OF_MEMORY = Reason("OutOfMemory", "Give the kernel more memory, or let it use less.")
 COMMAND_NOT_FOUND = Reason(
     "CommandNotFound", "Install the program that the kernelspec's argv names on the far side, or correct argv[0]."
 )
@@ -38,6 +39,11 @@ CALLBACK_UNREACHABLE = Reason(
     "CallbackUnreachable",
     "No launcher called back: check that the response address can be reached from the far side "
     "(jupyter gp doctor shows it); set GP_RESPONSE_IP if another address must be advertised.",
+)
+KERNEL_UNREACHABLE = Reason(
+    "KernelUnreachable",
+    'Remove "channels": "direct" from the config of the kernelspec, and its launcher carries the channels; or open the '
+    "kernel's ports (port_range) to this machine.",
 )
 LAUNCHER_DIED = Reason("LauncherDied", "The launcher ended before its kernel listened: read the log of the job.")
 PLATFORM_FAILED = Reason("PlatformFailed", "The platform ended the job: its own message above says why.")

@@ -328,6 +328,8 @@ class RemoteKernel:
         """While no session tells, ask the platform; only its word that the job is gone ends the kernel."""
         assert self.record.handle is not None
         async for status in self.statuses(self.record.handle):
+            if self._looking is not asyncio.current_task():
+                return  # was cancelled, and the backend did not notice
             if status.state is State.GONE:
                 self._job_is_gone(status)
                 return

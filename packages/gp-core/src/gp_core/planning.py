@@ -17,7 +17,7 @@ from jupyter_core.paths import jupyter_runtime_dir
 from .backend import Backend, LaunchRequest
 from .command import fill, launch_environment, names_our_launcher, placeholders
 from .errors import ConfigError, LaunchDenied
-from .options import ProvisionerOptions, choose, configurable
+from .options import ProvisionerOptions, checked, choose, configurable
 from .parameters import from_client, from_schema
 from .policies import Policy, check_user, opened, resolve_user
 from .ports import PortRange
@@ -134,7 +134,8 @@ class Planner:
                 self.server, self.kernel_id, policy.port_range, self.orphan_timeout, local=self.backend.runs_here
             ),
         )
-        fitting = {name: value for name, value in parameters.items() if name in configurable(self.backend)}
+        known = configurable(self.backend)
+        fitting = {name: checked(name, value, known[name]) for name, value in parameters.items() if name in known}
         connection = self._connection(old)
         plan = Plan(
             request=request,

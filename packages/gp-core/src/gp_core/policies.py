@@ -159,23 +159,6 @@ def check_user(policy: Policy, user: str) -> None:
         raise LaunchDenied(f"user {user!r} may not start this kernel (authorized_users)")
 
 
-def check_ids(policy: Policy, uid: int | None, gid: int | None) -> None:
-    """Check the ids that a kernel is to run as.
-
-    Args:
-        policy: To check against.
-        uid: From `normalise_id`; None if the image or platform decides.
-        gid: Likewise.
-
-    Raises:
-        LaunchDenied: One of them is prohibited.
-    """
-    if uid in policy.prohibited_uids:
-        raise LaunchDenied(f"kernels may not run with uid {uid} here (prohibited_uids)")
-    if gid in policy.prohibited_gids:
-        raise LaunchDenied(f"kernels may not run with gid {gid} here (prohibited_gids)")
-
-
 def check_limit(policy: Policy, user: str, running: int) -> None:
     """Check that a user may have one more kernel.
 

@@ -14,10 +14,20 @@ from typing import Any
 
 from gp_launchers.wire import VERSION
 
-from .errors import COMMAND_NOT_FOUND, KERNEL_DIED, NO_CONNECTION_FILE, NO_PORT, NO_SPACE, ProtocolError, Reason
+from .errors import (
+    COMMAND_NOT_FOUND,
+    KERNEL_DIED,
+    NO_CONNECTION_FILE,
+    NO_PORT,
+    NO_SPACE,
+    OUT_OF_MEMORY,
+    ProtocolError,
+    Reason,
+)
 
 PORTS = ("shell_port", "iopub_port", "stdin_port", "control_port", "hb_port")
-_REASONS = {reason.code: reason for reason in (COMMAND_NOT_FOUND, KERNEL_DIED, NO_CONNECTION_FILE, NO_PORT, NO_SPACE)}
+_OF_LAUNCHERS = (COMMAND_NOT_FOUND, KERNEL_DIED, NO_CONNECTION_FILE, NO_PORT, NO_SPACE, OUT_OF_MEMORY)
+_REASONS = {reason.code: reason for reason in _OF_LAUNCHERS}
 
 
 def digest(secret: str) -> str:

@@ -15,9 +15,10 @@ import os
 import queue
 import subprocess
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, ParamSpec, TypeVar, cast
 
 from .errors import BackendError
 
@@ -103,31 +104,49 @@ class Runtime:
 
     async def blocking(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a blocking function on a worker thread."""
-        done = self.loop.create_future()
+        self._busy += 1
+        if self._workers < min(self._busy, MOST_WORKERS):
+            self._add_worker()
+        job, done = self._job(partial(function, *args, **kwargs), self._idle)
+        self._jobs.put(job)
+        return await done
+
+    def apart(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+        """Call a function that blocks for very long on a thread of its own, so that no worker is lost to it.
+
+        It ends with the process, wherever it is then; not for the end of the process, when no thread can be started.
+        """
+        job, done = self._job(partial(function, *args, **kwargs))
+        threading.Thread(target=job, name="gp-apart", daemon=True).start()
+        return done
+
+    def _idle(self) -> None:
+        self._busy -= 1
+
+    def _job(
+        self, function: Callable[[], T], after: Callable[[], None] = lambda: None
+    ) -> tuple[Callable[[], None], asyncio.Future[T]]:
+        done: asyncio.Future[T] = self.loop.create_future()
 
         def settle(result: T | None, error: BaseException | None) -> None:
-            self._busy -= 1
+            after()
             if done.cancelled():
                 return
             if error is not None:
                 done.set_exception(error)
             else:
-                done.set_result(result)
+                done.set_result(cast("T", result))
 
         def job() -> None:
             result, error = None, None
             try:
-                result = function(*args, **kwargs)
+                result = function()
             except Exception as caught:
                 error = caught
             with contextlib.suppress(RuntimeError):  # the loop may be gone at the very end of the process
                 self.loop.call_soon_threadsafe(settle, result, error)
 
-        self._busy += 1
-        if self._workers < min(self._busy, MOST_WORKERS):
-            self._add_worker()
-        self._jobs.put(job)
-        return await done  # type: ignore[no-any-return]
+        return job, done
 
     def _goodbye(self) -> None:
         if os.getpid() != self.pid:
@@ -162,6 +181,30 @@ def runtime() -> Runtime:
 async def blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a blocking function of a client library on a worker thread, from a backend's method."""
     return await runtime().blocking(function, *args, **kwargs)
+
+
+async def within(seconds: float, work: Awaitable[T]) -> T:
+    """Wait for something, and not for longer.
+
+    Unlike `asyncio.wait_for` before Python 3.12 it never takes a result for a cancellation of the caller that comes at
+    the same moment.
+
+    Args:
+        seconds: Until the work is cancelled.
+        work: To wait for.
+
+    Raises:
+        asyncio.TimeoutError: It was not done in time.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+    if not done:
+        raise asyncio.TimeoutError
+    return task.result()
 
 
 @dataclass(frozen=True)

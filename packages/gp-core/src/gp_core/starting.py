@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import json
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -18,7 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from . import protocol, protocol1, startup
 from .backend import Handle, LaunchRequest
 from .command import launch_environment
-from .errors import CANCELLED, LAUNCH_TIMEOUT, LAUNCHER_NOT_BACK, ConfigError, LaunchTimeout
+from .errors import (
+    CANCELLED,
+    KERNEL_UNREACHABLE,
+    LAUNCH_TIMEOUT,
+    LAUNCHER_NOT_BACK,
+    ConfigError,
+    LaunchFailed,
+    LaunchTimeout,
+)
 from .events import Event
 from .plugins import plugins
 from .protocol import Message
@@ -30,6 +38,7 @@ if TYPE_CHECKING:
 
 MAX_BUNDLE = 120_000  # bytes; Linux allows 128 KiB for one variable
 LATE = 60.0  # seconds that a backend may take to tell of a job whose start was given up
+REACH = 5.0  # seconds for a port of a kernel to accept a connection
 PATIENCE = 10.0  # seconds that the caller of a failed start waits for its clean-up
 
 
@@ -79,6 +88,7 @@ class Start:
         self._timeout = plan.timeout
         self._reports: asyncio.Queue[Report] = asyncio.Queue()
         self._launching: asyncio.Task[Handle] | None = None
+        self._heard = 0.0  # when the backend last told of progress: a long pull is not silence
 
     def report(self, report: Report) -> None:
         """Take note of what the launcher says."""
@@ -109,11 +119,12 @@ class Start:
             kernel.tell(Event.LAUNCHING)
             # a task of its own: when the start is cancelled the backend still tells what it has started
             self._launching = asyncio.create_task(kernel.backend.launch(request))
+            self._heard = started
             kernel.record.handle = await self._launched(self._launching)
             recorded = runtime().loop.create_task(kernel.save())  # while the launcher starts
             recorded.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, if we fail first
             kernel.tell(Event.LAUNCHED)
-            await self._confirm(started, watch=True)
+            await self._confirm(self._heard, watch=True)
             await recorded  # whoever takes the kernel over needs the handle; the rest the launcher tells again
             kernel.save_soon()
         except BaseException as error:
@@ -153,17 +164,22 @@ class Start:
             raise ConfigError(
                 f"kernel {request.kernel_id}: its environment has {len(bundle)} bytes; {MAX_BUNDLE} can be sent"
             )
-        progress = functools.partial(self._kernel.tell, Event.PROGRESS)
-        return replace(request, env=env, secrets={"GP_LAUNCH_SECRETS": bundle}, progress=progress)
+        return replace(request, env=env, secrets={"GP_LAUNCH_SECRETS": bundle}, progress=self._progress)
+
+    def _progress(self, text: str) -> None:
+        self._heard = time.monotonic()
+        self._kernel.tell(Event.PROGRESS, text)
 
     async def _launched(self, launching: asyncio.Task[Handle]) -> Handle:
-        try:
-            return await asyncio.wait_for(asyncio.shield(launching), self._timeout)
-        except asyncio.TimeoutError:
-            raise LaunchTimeout(
-                f"{self._name}: {self._kernel.backend.name} did not take its job within {self._timeout:g} s",
-                reason=LAUNCH_TIMEOUT,
-            ) from None
+        while not launching.done():
+            left = self._heard + self._timeout - time.monotonic()
+            if left <= 0:
+                raise LaunchTimeout(
+                    f"{self._name}: {self._kernel.backend.name} did not take its job within {self._timeout:g} s",
+                    reason=LAUNCH_TIMEOUT,
+                )
+            await asyncio.wait({launching}, timeout=left)
+        return launching.result()
 
     async def restart(self) -> None:
         """Replace the kernel inside its launcher.
@@ -258,11 +274,30 @@ class Start:
         )
         if record.host is None and record.connection["ip"] in ("0.0.0.0", "::"):
             record.host = (await kernel.backend.look(record.handle)).host
+        if watch and record.channels == "direct" and self._plan.confirm == "listening":
+            await self._see_port()
         record.state = "running"
         self.message = None
         if protocol1.MUTE in kernel.capabilities:
             kernel.look()
         kernel.tell(Event.LISTENING, data={"host": record.host, "run": record.run})
+
+    async def _see_port(self) -> None:
+        """Connect as clients will: with a firewall between, they would wait for the kernel without a word."""
+        where = self._kernel.connection
+        if where["transport"] != "tcp":
+            return
+        host, port = where["ip"], where["shell_port"]
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), REACH)
+        except (OSError, asyncio.TimeoutError) as error:
+            number = getattr(error, "errno", None)  # asyncio's own text has the address, and no reason
+            why = os.strerror(number) if number else str(error) or f"no answer within {REACH:g} s"
+            raise LaunchFailed(
+                f"{self._name} runs and listens at {host} port {port}, which this machine cannot connect to: {why}",
+                reason=KERNEL_UNREACHABLE,
+            ) from None
+        writer.close()
 
     async def _log_tail(self) -> str:
         handle = self._kernel.record.handle

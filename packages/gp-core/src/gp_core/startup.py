@@ -138,9 +138,18 @@ async def confirmed(
             for task in sorted(done, key=lambda task: task is looking):  # the launcher knows best why it ended
                 task.result()
     finally:
-        hearing.cancel()
-        looking.cancel()
-        await asyncio.gather(hearing, looking, return_exceptions=True)
+        await _cancelled(hearing, looking)
+
+
+async def _cancelled(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks and wait for their end; a backend's `asyncio.wait_for` may lose the first attempt (gh-86296)."""
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=1.0)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # retrieved
 
 
 def _late(kernel: KernelInfo, timeout: float, *, connected: bool, last: list[Status], log: str) -> LaunchTimeout:

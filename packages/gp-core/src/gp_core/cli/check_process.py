@@ -6,18 +6,18 @@ import contextlib
 import os
 import socket
 import stat
-from collections.abc import Sequence
 from pathlib import Path
 
 from traitlets.config import Config
 
 from ..backend import Finding
-from ..errors import GPError, StoreError
+from ..errors import ConfigError, GPError, StoreError
 from ..options import WITHOUT_EFFECT, ProvisionerOptions
 from ..plugins import plugins
 from ..policies import check_user, resolve_user
 from ..server import KernelServer, own_user
 from ..store import FileStore
+from ..trial import trial_listener
 from .findings import bad, good
 
 CONNECT = 2.0  # seconds for a connection to an address of this machine
@@ -43,22 +43,14 @@ def variable_findings() -> list[Finding]:
 
 def callback_findings(server: KernelServer) -> list[Finding]:
     """Bind the listener's addresses for a moment, and connect to each that launchers would be told to dial."""
-    bound = server.bind_addresses()
-    first = server.response_port
-    last = first + server.response_port_retries if first else first
-    problem = OSError()
+    bound, first = ", ".join(server.bind_addresses()), server.response_port
     with contextlib.ExitStack() as stack:
-        for port in range(first, last + 1):
-            try:
-                server.port = _bind(bound, port, stack)
-                break
-            except OSError as error:
-                problem = error
-        else:
-            text = f"ports {first} to {last} of {', '.join(bound)} cannot be bound: {problem.strerror}"
-            return [bad("listener", text, "set GP_RESPONSE_PORT to a free port or to 0, or correct GP_BIND_IP")]
+        try:
+            stack.enter_context(trial_listener(server))
+        except ConfigError as error:
+            return [bad("listener", str(error), "set GP_RESPONSE_PORT to a free port or to 0, or correct GP_BIND_IP")]
         taken = "" if server.port == first or not first else f" ({first} is taken, by another server as a rule)"
-        found = [good("listener", f"binds port {server.port or 'any'} of {', '.join(bound)}{taken}")]
+        found = [good("listener", f"binds port {server.port or 'any'} of {bound}{taken}")]
         here = set(server.addresses(local=True))
         for address in dict.fromkeys([*server.addresses(local=True), *server.addresses(local=False)]):
             whose = "launchers on this machine" if address in here else "launchers elsewhere"
@@ -70,16 +62,6 @@ def callback_findings(server: KernelServer) -> list[Finding]:
         advice = "set GP_RESPONSE_IP, and GP_BIND_IP if it is set, to an address that they can reach"
         found.append(bad("callback", text, advice))
     return found
-
-
-def _bind(hosts: Sequence[str], port: int, stack: contextlib.ExitStack) -> int:
-    with contextlib.ExitStack() as attempt:
-        for host in hosts:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            listener = attempt.enter_context(socket.create_server((host, port), family=family))
-            port = listener.getsockname()[1]
-        stack.push(attempt.pop_all())
-    return port
 
 
 def _reached(address: str, subject: str, told: str) -> Finding:

@@ -46,7 +46,7 @@ class Environments:
         """Show what is there; or install what has one of some names."""
         places = [one.strip() for one in (self._args.where or "").split(",") if one.strip()]
         if not places:
-            raise ConfigError("say where to look: --host HOST, several separated by commas")
+            raise ConfigError("say where to look: --host HOST or --image IMAGE, several separated by commas")
         looked = self._command.wait(self._look(dict.fromkeys(places, self._settings)))
         every = {
             name: (where, one) for where, found in good(looked).items() for name, one in named(where, found).items()
@@ -149,9 +149,8 @@ class Environments:
         for where, text in failed.items():
             sys.stderr.write(f"note: {text}\n" if text.startswith(where) else f"note: {where}: {text}\n")
         if asked and self._rows:
-            say(
-                f"Install some with: jupyter gp install {self._args.backend} --host {self._args.where} --discover NAME…"
-            )
+            where = f"{self._args.where_option} {self._args.where}"
+            say(f"Install some with: jupyter gp install {self._args.backend} {where} --discover NAME…")
         return code
 
 

@@ -117,6 +117,7 @@ class Kernel:
             "host": self.status.host or (record.host if record else None),
             "state": self.state,
             "job": self.status.state.value,
+            "handle": self.handle,
             "detail": self.status.detail,
             "owner": {"host": owner.host, "pid": owner.pid, "alive": self.served} if owner else None,
             "record": record is not None,

@@ -17,6 +17,15 @@ from .command import Command
 from .tables import say, show
 
 
+class _Where(argparse.Action):
+    """Keeps which of its names was used, for what is said later."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        namespace.where, namespace.where_option = values, option_string
+
+
 class Install(Command):
     """Makes a kernelspec."""
 
@@ -39,7 +48,14 @@ class Install(Command):
             "--discover", nargs="*", metavar="NAME", help="or show what --host has, or install it ('*')"
         )
         source.add_argument("--refresh", action="store_true", help="update or remove what was discovered")
-        group.add_argument("--host", dest="where", metavar="H1,H2", help="where to discover or refresh")
+        group.add_argument(
+            "--host",
+            "--image",
+            dest="where",
+            action=_Where,
+            metavar="W",
+            help="where to discover or refresh; with commas",
+        )
         group.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option; repeatable")
         group.add_argument("--parameters", metavar="FILE", help="JSON schema of what users may choose")
         group.add_argument("--python", metavar="PY", help="the far side's Python; default: python3")

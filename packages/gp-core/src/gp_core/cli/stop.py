@@ -68,6 +68,10 @@ async def end(kernel: Kernel, store: Store) -> bool:
         if kernel.backend is None or kernel.handle is None:
             raise GPError(f"kernel {kernel.kernel_id} cannot be ended from here: {kernel.status.detail}")
         forced = await _terminated(kernel.backend, kernel.handle, kernel.kernel_id)
+    elif kernel.backend is not None and kernel.handle is not None:
+        await asyncio.wait_for(
+            kernel.backend.terminate(kernel.handle, force=True), STOP
+        )  # frees what the job still holds
     if kernel.record is not None and not kernel.served:
         await runtime().blocking(store.remove, kernel.kernel_id)
     return forced
@@ -104,10 +108,11 @@ class Gc(KernelCommand):
     verb = "gc"
     summary = "Remove what servers that are gone have left behind."
     details = """\
-Removed are records of kernels whose job is gone. A kernel that runs without
-its server waits for another one until its lease is over, and a job without a
-record may belong to another installation: both are listed, and ended only with
---all. Never touched: kernels of live servers, and those whose platform does not
+Removed are records of kernels whose job is gone, and what such jobs have left
+on their platform, such as containers. A kernel that runs without its server
+waits for another one until its lease is over, and a job without a record may
+belong to another installation: both are listed, and ended only with --all.
+Never touched: kernels of live servers, and those whose platform does not
 answer."""
 
     def arguments(self, group: argparse._ArgumentGroup) -> None:
@@ -135,8 +140,7 @@ answer."""
         idle = [kernel for kernel in kernels if not kernel.served]
         _, others = await asyncio.gather(look(idle), strangers(kernels, self.config))
         await look(others)
-        found = idle + [kernel for kernel in others if kernel.status.state is not State.GONE]
-        return list(await asyncio.gather(*(self._one(kernel) for kernel in found)))
+        return list(await asyncio.gather(*(self._one(kernel) for kernel in idle + others)))
 
     async def _one(self, kernel: Kernel) -> dict[str, Any]:
         state = kernel.status.state
@@ -150,8 +154,8 @@ answer."""
         if not self.args.dry_run and action != "kept":
             try:
                 await end(kernel, self.store)
-            except GPError as error:
-                action, text = "failed", str(error)
+            except (GPError, asyncio.TimeoutError) as error:
+                action, text = "failed", str(error) or f"no answer within {STOP:g} s"
         return {
             "kernel_id": kernel.kernel_id,
             "backend": kernel.backend_name,

@@ -32,7 +32,9 @@ PEER_OPTIONS = frozenset(
         "spark-context-initialization-mode",
     }
 )
-"""Options of the peer's launch_ipykernel.py that gp replaces or translates."""
+"""Options of the peer's launchers that gp replaces or translates."""
+PEER_LAUNCHERS = ("launch_ipykernel.py", "launch_docker.py")
+"""Its launcher of Python kernels, and its script that makes a container of an image that has one."""
 
 
 def variant(
@@ -123,14 +125,19 @@ def _display_name(source: Kernelspec, backend: str) -> str:
 
 
 def _converted(source: Kernelspec, notes: list[str]) -> list[str]:
-    """Return a plain ipykernel command for one in the peer's style, which starts its launch_ipykernel.py."""
+    """Return a plain ipykernel command for one in the peer's style, which starts one of `PEER_LAUNCHERS`."""
     argv = source.argv
     advice = (
         "take another kernelspec, such as python3, or edit argv so that it is what it would be locally; "
         "or keep the old launcher by --set launcher_protocol=1, if the operator allows it"
     )
     names = [os.path.basename(part) for part in argv[:2]]
-    if len(names) < 2 or not PYTHON.fullmatch(names[0]) or names[1] != "launch_ipykernel.py":
+    if (
+        len(names) < 2
+        or not PYTHON.fullmatch(names[0])
+        or names[1] not in PEER_LAUNCHERS
+        or str(source.spec.get("language", "python")).lower() != "python"
+    ):
         raise ConfigError(
             f"kernelspec {source.name} starts a launcher of an older kind in a way that is not known: {advice}"
         )
