@@ -252,7 +252,7 @@ def test_the_host_with_the_least_load_gets_the_kernel(monkeypatch: pytest.Monkey
         async def load(self) -> float:
             return loads[self._name]
 
-    async def host(self: SshBackend, entry: Entry) -> Loaded:
+    async def host(self: SshBackend, entry: Entry, user: str) -> Loaded:
         return Loaded(entry)
 
     monkeypatch.setattr(SshBackend, "_host", host)

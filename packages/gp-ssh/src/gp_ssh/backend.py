@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import getpass
 import signal as signals
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-
-from traitlets import CaselessStrEnum, Dict, Int, List, Unicode, Union
 
 from gp_core import (
     Backend,
@@ -26,21 +27,28 @@ from gp_core import (
     RemoteProvisioner,
     State,
     Status,
-    from_env,
     hookimpl,
 )
-from gp_core.balancing import select, wants_load
+from gp_core.balancing import select, wants_kernels, wants_load
 from gp_core.plugins import plugins
+from gp_core.server import KernelServer
 from gp_core.store import file_name
+from gp_core.trial import trial_listener
 from gp_launchers.options import addresses
 
+from .checks import checked_host
 from .connection import ConnectionFailed
 from .host import RemoteHost, ask_all, known, load_of
 from .hosts import USER, Client, Entry, entries
 from .limits import limited
+from .options import SshOptions
 
 ENDED = Reason("LauncherEnded", "Read the kernel's log (jupyter gp logs); a host that was rebooted loses its kernels.")
 NO_HOST = Reason("NoHost", "Every host of this kernelspec failed; what each of them said is above.")
+
+USERNAME = "{username}"  # in remote_user
+PLACE = ("host", "login", "user")  # of a handle
+SOON = 5.0  # seconds for a host to say whether others' kernels run
 
 
 class SshProvisioner(RemoteProvisioner):
@@ -49,53 +57,13 @@ class SshProvisioner(RemoteProvisioner):
     backend_name = "ssh"
 
 
-class SshBackend(Backend):
+class SshBackend(SshOptions, Backend):
     """Kernels on a set of hosts."""
 
     name = "ssh"
     impersonates = True
     submits_launchers = "api"
     poll_interval = (0.5, 10.0)
-
-    remote_hosts = from_env(
-        List(Union([Unicode(), Dict()]), help="Each a host, user@host:port, or {host, weight, labels}."),
-        "GP_REMOTE_HOSTS",
-    )
-    host_selector = Dict(help="Labels that a host must have to be chosen, such as {'gpu': 'a100'}.").tag(config=True)
-    load_balancing_algorithm = from_env(
-        Unicode(
-            "round-robin",
-            help="Which host is next: round-robin, least-connection, random, weighted, sticky, least-load.",
-        ),
-        "GP_LOAD_BALANCING_ALGORITHM",
-    )
-    remote_python = from_env(
-        Unicode(help="Python of the hosts, 3.8 or newer, to run launchers. Default: what is found there."),
-        "GP_REMOTE_PYTHON",
-    )
-    callback = from_env(
-        CaselessStrEnum(
-            ["auto", "dial", "ssh"],
-            "auto",
-            help="How launchers call back: by dialling the server, through ssh, or as a first visit to the host finds.",
-        ),
-        "GP_SSH_CALLBACK",
-    )
-    ssh_config = from_env(Unicode(help="Configuration of ssh. Default: the user's own."), "GP_SSH_CONFIG")
-    connector = from_env(
-        CaselessStrEnum(["paramiko", "ssh"], "paramiko", help="This process connects, or the user's own ssh."),
-        "GP_SSH_CONNECTOR",
-    )
-    password_file = from_env(
-        Unicode(help="File with the password of all hosts.").tag(operator=True), "GP_SSH_PASSWORD_FILE"
-    )
-    password_env = from_env(
-        Unicode(help="Variable with the password of all hosts.").tag(operator=True), "GP_SSH_PASSWORD_ENV"
-    )
-
-    nice = Int(0, min=0, max=19, help="How far others come first on the host.").tag(config=True)
-    cpu_affinity = Unicode(help="Processors that a kernel may use, such as 0-3,8. Default: all.").tag(config=True)
-    memory_limit = Unicode(help="Memory that a kernel may have, such as 4Gi. Default: no limit.").tag(config=True)
 
     def kernel_command(self, argv: Sequence[str]) -> Sequence[str]:
         return limited(argv, nice=self.nice, cpu_affinity=self.cpu_affinity, memory_limit=self.memory_limit)
@@ -104,7 +72,7 @@ class SshBackend(Backend):
         if request.submit == "script":
             raise ConfigError(f"kernel {request.kernel_id}: hosts take no submit script: remove submit")
         file_name(request.kernel_id)  # over there, too
-        if request.impersonate and not USER.fullmatch(request.user):
+        if (request.impersonate or USERNAME in self.remote_user) and not USER.fullmatch(request.user):
             raise LaunchDenied(f"kernel {request.kernel_id}: {request.user!r} cannot be a user of a host")
         failures: list[str] = []
         able = entries(self.remote_hosts, self.host_selector)
@@ -129,23 +97,40 @@ class SshBackend(Backend):
         raise LaunchFailed(text, reason=NO_HOST, log="\n".join(failures))
 
     async def _chosen(self, able: Mapping[str, Entry], request: LaunchRequest) -> Entry:
-        hosts = [Host(entry.text, entry.weight) for entry in able.values()]
-        if wants_load(self.load_balancing_algorithm):
-            loads = await asyncio.gather(*(load_of(self._host(entry)) for entry in able.values()))
+        algorithm, ledger = self.load_balancing_algorithm, known().ledger
+        others = await self._others() if wants_kernels(algorithm) else Counter[str]()
+        hosts = [Host(entry.text, entry.weight, others[entry.text]) for entry in able.values()]
+        if wants_load(algorithm):
+            places = (self._place(entry, request.user) for entry in able.values())
+            loads = await asyncio.gather(*(load_of(self._host_of(place)) for place in places))
             hosts = [replace(host, load=load) for host, load in zip(hosts, loads, strict=True)]
-        now, ask = time.monotonic(), plugins().select_host
-        return able[select(self.load_balancing_algorithm, hosts, request, known().ledger, now=now, ask=ask)]
+        return able[select(algorithm, hosts, request, ledger, now=time.monotonic(), ask=plugins().select_host)]
+
+    async def _others(self) -> Counter[str]:
+        """Count kernels by host that are not this process's: of other servers, or of one that was here before."""
+        handles = [handle for handle in await self.recorded() if handle["kernel_id"] not in known().ledger]
+        looks = (asyncio.wait_for(self.look(handle), SOON) for handle in handles)
+        seen = await asyncio.gather(*looks, return_exceptions=True)  # no answer: it may run
+        ended = (isinstance(status, Status) and status.state is State.GONE for status in seen)
+        return Counter(handle["host"] for handle, over in zip(handles, ended, strict=True) if not over)
 
     async def _start(self, entry: Entry, request: LaunchRequest) -> Handle:
-        user = request.user if request.impersonate else ""
-        host = await self._host(entry, user)
-        handle: Handle = {"kernel_id": request.kernel_id, "host": entry.text, "user": user}
+        handle: Handle = {"kernel_id": request.kernel_id, **self._place(entry, request.user)}
+        if request.impersonate and handle.get("login") != request.user:
+            handle["user"] = request.user
+        host = await self._host_of(handle)
         first = ""
         try:
             if await self._calls_through_ssh(host, request):
                 handle["forward"] = await host.forward(request.listener, request.kernel_id)
                 first = f"127.0.0.1:{handle['forward']}"
-            handle["note"] = await host.start(request, self.kernel_command(request.argv), self.installation, first)
+            handle["note"] = await host.start(
+                request,
+                self.kernel_command(request.argv),
+                self.installation,
+                dial_first=first,
+                own_choice="user" in handle or ("login" in handle and USERNAME in self.remote_user),
+            )
             return handle
         except BaseException:
             host.release(request.kernel_id)
@@ -192,20 +177,18 @@ class SshBackend(Backend):
         asked = {"installation": self.installation, "kernel_id": file_name(handle["kernel_id"]), "tail": tail}
         if "host" in handle:
             return str((await (await self._host_of(handle)).ask("logs", asked))["text"])
-        said = await self._ask_all("logs", asked)
-        return "".join(answer["text"] for answer in said.values())
+        return "".join(answer["text"] for _, answer in await self._ask_everywhere("logs", asked))
 
     async def discover(self, kernel_id: str | None = None) -> list[Handle]:
-        said = await self._ask_all("discover", {"installation": self.installation})
         return [
-            {"kernel_id": note["kernel_id"], "host": name, "note": note}
-            for name, answer in said.items()
+            {**place, "kernel_id": note["kernel_id"], "note": note}
+            for place, answer in await self._ask_everywhere("discover", {"installation": self.installation})
             for note in answer["notes"]
             if kernel_id in (None, note["kernel_id"])
         ]
 
     async def environments(self, where: str) -> list[Environment]:
-        found = await (await self._host(Entry.read(where))).environments()
+        found = await (await self._host_of(self._place(Entry.read(where), getpass.getuser()))).environments()
         return [Environment.read(one, config={"remote_hosts": [where]}) for one in found]
 
     async def check(self) -> list[Finding]:
@@ -213,20 +196,13 @@ class SshBackend(Backend):
             every = entries(self.remote_hosts, {})
         except ConfigError as error:
             return [Finding(ok=False, subject="ssh", text=str(error), advice="set GP_REMOTE_HOSTS")]
-        return list(await asyncio.gather(*(self._checked_host(entry) for entry in every.values())))
-
-    async def _checked_host(self, entry: Entry) -> Finding:
-        begun, subject = time.monotonic(), f"ssh host {entry.text}"
-        try:
-            facts = await (await self._host(entry)).look()
-        except ConnectionFailed as error:
-            return Finding(ok=False, subject=subject, text=error.text, advice=error.reason.advice)
-        except (BackendError, ConfigError) as error:
-            return Finding(ok=False, subject=subject, text=str(error), advice="read what the host said")
-        skew, took = facts.clock - time.time(), time.monotonic() - begun
-        version = ".".join(map(str, facts.version))
-        text = f"Python {version} at {facts.python}, {facts.free // 2**20} MiB free, clock {skew:+.1f} s, {took:.2f} s"
-        return Finding(ok=True, subject=subject, text=text)
+        with contextlib.ExitStack() as stack:
+            server: KernelServer | None = None
+            with contextlib.suppress(ConfigError):  # a finding of doctor's own
+                server = stack.enter_context(trial_listener(KernelServer(self.config)))
+            places = {name: self._place(entry, getpass.getuser()) for name, entry in every.items()}
+            visits = (checked_host(name, self._host_of(at), self.callback, server) for name, at in places.items())
+            return list(await asyncio.gather(*visits))
 
     # -- hosts
 
@@ -236,12 +212,21 @@ class SshBackend(Backend):
 
     async def _host_of(self, handle: Handle) -> RemoteHost:
         named = {one.text: one for one in map(Entry.read, self.remote_hosts)}
-        return await self._host(named.get(handle["host"]) or Entry.read(handle["host"]), handle.get("user", ""))
+        entry = named.get(handle["host"]) or Entry.read(handle["host"])
+        return await self._host(replace(entry, user=handle.get("login", entry.user)), handle.get("user", ""))
 
-    async def _ask_all(self, question: str, asked: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        """Ask every host; those that do not answer are left out, but if none does that is an error."""
-        every = {one.text: self._host(one) for one in map(Entry.read, self.remote_hosts)}
-        return await ask_all(every, question, asked)
+    def _place(self, entry: Entry, user: str) -> Handle:
+        """Return where a kernel of a user is, in the words of handles: a host, and whom to log in as."""
+        if entry.user is not None or not self.remote_user:
+            return {"host": entry.text}
+        return {"host": entry.text, "login": self.remote_user.replace(USERNAME, user)}
+
+    async def _ask_everywhere(self, question: str, asked: Mapping[str, Any]) -> list[tuple[Handle, dict[str, Any]]]:
+        """Ask every host, as everybody that a kernel is recorded of; if none answers that is an error."""
+        own = [] if USERNAME in self.remote_user else [self._place(Entry.read(one), "") for one in self.remote_hosts]
+        users = [{name: handle[name] for name in PLACE if name in handle} for handle in await self.recorded()]
+        places = {tuple(place.items()): place for place in (*own, *users)}.values()
+        return await ask_all([(place, self._host_of(place)) for place in places], question, asked)
 
 
 @hookimpl

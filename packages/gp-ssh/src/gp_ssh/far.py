@@ -263,7 +263,7 @@ def discover(request: Request, more: bytes) -> Request:
 
 
 def environments(request: Request, more: bytes) -> Request:
-    """Find kernels that could be started here; ``more`` is the text of `gp_ssh.survey`, which only this needs."""
+    """Find kernels that could be started here; ``more`` is the text of `gp_launchers.survey`, which only this needs."""
     names: Request = {"__name__": "survey"}
     exec(compile(more, "survey", "exec"), names)
     return {"found": names["found"]()}

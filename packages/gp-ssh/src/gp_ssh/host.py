@@ -15,13 +15,13 @@ from collections import deque
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gp_core import BackendError, LaunchRequest, Reason, blocking
 from gp_core.balancing import Ledger
 from gp_core.runtime import runtime
+from gp_launchers import survey
 
-from . import survey
 from .connection import ConnectionFailed
 from .forward import Forward
 from .hosts import Client, Entry
@@ -29,6 +29,7 @@ from .pool import Line, Pool, Shared
 from .questions import LOADER, NoAnswer, Questions, by
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 SURVEY = inspect.getsource(survey).encode()
 CANDIDATES = (
@@ -163,7 +164,13 @@ class RemoteHost:
             raise
 
     async def start(
-        self, request: LaunchRequest, argv: Sequence[str], installation: str, dial_first: str = ""
+        self,
+        request: LaunchRequest,
+        argv: Sequence[str],
+        installation: str,
+        *,
+        dial_first: str = "",
+        own_choice: bool = False,
     ) -> dict[str, Any]:
         """Start a launcher, and bring ours there if the host does not have it; returns the note of its process.
 
@@ -172,11 +179,12 @@ class RemoteHost:
             argv: The kernel's command, or one that starts a launcher itself.
             installation: Whose the kernel is.
             dial_first: ``host:port`` that our launcher tries before the server's own addresses.
+            own_choice: The user over there is the kernel's, so it must not be a prohibited one.
         """
         asked = {
             "installation": installation,
             "kernel_id": request.kernel_id,
-            "prohibited": [list(request.prohibited_uids), list(request.prohibited_gids)] if self.user else [],
+            "prohibited": [list(request.prohibited_uids), list(request.prohibited_gids)] if own_choice else [],
         }
         ways: list[tuple[dict[str, Any], bytes]]
         if request.wrapped:
@@ -195,7 +203,8 @@ class RemoteHost:
             answer = await self.ask("start", {**asked, **more}, data)
             if "prohibited" in answer:
                 raise ConnectionFailed(
-                    f"no kernel may run as {self.user} of {self.name}: {answer['prohibited']}", DENIED
+                    f"no kernel may run as {self.user or self.line.target.user} of {self.name}: {answer['prohibited']}",
+                    DENIED,
                 )
             if "note" in answer:
                 note: dict[str, Any] = answer["note"]
@@ -322,9 +331,9 @@ async def load_of(host: Awaitable[RemoteHost]) -> float:
 
 
 async def ask_all(
-    hosts: Mapping[str, Awaitable[RemoteHost]], question: str, asked: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Ask hosts at the same time; return the answers by the names of the hosts that gave one.
+    hosts: Sequence[tuple[T, Awaitable[RemoteHost]]], question: str, asked: Mapping[str, Any]
+) -> list[tuple[T, dict[str, Any]]]:
+    """Ask hosts at the same time; return the answers with whatever the hosts that gave one came with.
 
     Raises:
         BackendError: None did.
@@ -333,8 +342,8 @@ async def ask_all(
     async def of(host: Awaitable[RemoteHost]) -> dict[str, Any]:
         return await (await host).ask(question, asked)
 
-    said = await asyncio.gather(*map(of, hosts.values()), return_exceptions=True)
-    good = {name: answer for name, answer in zip(hosts, said, strict=True) if isinstance(answer, dict)}
+    said = await asyncio.gather(*(of(host) for _, host in hosts), return_exceptions=True)
+    good = [(key, answer) for (key, _), answer in zip(hosts, said, strict=True) if isinstance(answer, dict)]
     if hosts and not good:
         raise BackendError("; ".join(str(answer).splitlines()[0] for answer in said))
     return good
