@@ -1,0 +1,229 @@
+"""Engines that answer, refuse, hang and are not there; contexts; tasks of a Swarm. No engine is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from docker.errors import APIError
+from requests import ConnectionError as NoConnection
+
+from gp_core import State
+from gp_core.errors import ConfigError
+from gp_core.runtime import runtime
+from gp_docker.connection import Endpoint, endpoint
+from gp_docker.engine import Engine
+from gp_docker.reasons import EngineUnreachable, Refused
+from gp_docker.swarm import SwarmBackend
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return runtime().submit(work).result(30)
+
+
+class Client:
+    """An engine's client, as far as it is used here."""
+
+    def __init__(self) -> None:
+        self.streams: list[list[dict[str, Any]]] = []
+        self.more = threading.Event()
+        self.state = "running"
+
+    def events(self, **how: Any) -> Any:
+        if not self.streams:
+            raise NoConnection("gone")
+        events = self.streams.pop(0)
+        client = self
+
+        class Stream:
+            def __iter__(self) -> Any:
+                client.more.wait(10)
+                yield from events
+
+            def close(self) -> None:
+                client.more.set()
+
+        return Stream()
+
+    def inspect_container(self, container: str) -> dict[str, Any]:
+        if self.state == "none":
+            raise api_error(404, "No such container")
+        return {"State": {"Status": self.state, "ExitCode": 3}}
+
+
+def api_error(status: int, said: str) -> APIError:
+    class Response:
+        status_code = status
+        reason = said
+        url = "http://engine"
+
+    return APIError(said, response=Response(), explanation=said)
+
+
+@pytest.fixture
+def client() -> Client:
+    return Client()
+
+
+@pytest.fixture
+def engine(client: Client, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    made = Engine(Endpoint("test", "unix:///none"))
+    monkeypatch.setattr(made, "_connect", lambda: client)
+    return made
+
+
+def test_an_error_of_the_engine_is_a_refusal(engine: Engine) -> None:
+    def work(client: Client) -> None:
+        raise api_error(409, "in use")
+
+    with pytest.raises(Refused, match="in use") as caught:
+        run(engine.do(work))
+    assert caught.value.status == 409
+
+
+def test_no_answer_says_nothing_about_kernels(engine: Engine) -> None:
+    def work(client: Client) -> None:
+        raise NoConnection("reset")
+
+    with pytest.raises(EngineUnreachable, match="engine test does not answer"):
+        run(engine.do(work))
+
+
+def test_an_engine_that_hangs_is_not_waited_for(engine: Engine) -> None:
+    let_go = threading.Event()
+    began = time.monotonic()
+    with pytest.raises(EngineUnreachable, match=r"within 0\.1 s"):
+        run(engine.do(lambda client: let_go.wait(10), patience=0.1))
+    assert time.monotonic() - began < 5
+    let_go.set()
+
+
+def test_a_hanging_engine_does_not_delay_another(engine: Engine, client: Client) -> None:
+    let_go, other = threading.Event(), Engine(Endpoint("other", "unix:///none"))
+    other._connect = lambda: client  # type: ignore[method-assign]
+
+    async def both() -> float:
+        hanging = [asyncio.ensure_future(engine.do(lambda client: let_go.wait(20), patience=10)) for _ in range(100)]
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        await other.status("c1")
+        took = time.monotonic() - began
+        let_go.set()
+        await asyncio.gather(*hanging)
+        return took
+
+    assert run(both()) < 2
+
+
+def test_it_is_connected_to_again(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(Endpoint("test", "unix:///none"))
+    for problem, said in (
+        (NoConnection("not yet"), "does not answer: not yet"),
+        (api_error(400, "TLS"), "take us: TLS"),
+    ):
+        monkeypatch.setattr("gp_docker.connection.connect", Mock(side_effect=problem))
+        with pytest.raises(EngineUnreachable, match=f"engine test .*{said}"):
+            run(engine.status("c1"))
+    monkeypatch.setattr("gp_docker.connection.connect", Mock(return_value=client))
+    assert run(engine.status("c1")).state is State.RUNNING
+
+
+def test_events_wake_those_that_wait_for_them(engine: Engine, client: Client) -> None:
+    client.streams = [[{"Action": "die", "Actor": {"ID": "c1"}}, {"Action": "die", "Actor": {"ID": "c2"}}]]
+
+    async def heard() -> float:
+        async with engine.changes("c1") as changes:
+            changes.clear()
+            began = time.monotonic()
+            client.more.set()
+            await changes.next(10)
+            return time.monotonic() - began
+
+    assert run(heard()) < 2
+
+
+def test_the_end_of_the_stream_wakes_too_and_it_is_opened_again(engine: Engine, client: Client) -> None:
+    client.streams = [[], [{"Action": "die", "Actor": {"ID": "c1"}}]]
+    client.more.set()
+
+    async def heard() -> int:
+        async with engine.changes("c1") as changes:
+            for _ in range(50):
+                if not client.streams:
+                    break
+                changes.clear()
+                await changes.next(1)
+        return len(client.streams)
+
+    assert run(heard()) == 0
+
+
+def test_a_container_that_is_not_there_has_ended(engine: Engine, client: Client) -> None:
+    client.state = "none"
+    assert run(engine.status("c1")).state is State.GONE
+
+
+# -- which engine
+
+
+def test_contexts_and_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("DOCKER_HOST", "DOCKER_CONTEXT", "DOCKER_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    assert endpoint("").url == "unix:///var/run/docker.sock"
+    monkeypatch.setenv("DOCKER_HOST", "tcp://box:2375")
+    assert (endpoint("").url, endpoint("").host) == ("tcp://box:2375", "box")
+    assert endpoint("ssh://ada@gpu:2222").host == "gpu"
+    assert endpoint("unix:///x").is_local
+    with pytest.raises(ConfigError, match="there is no docker context 'nowhere'"):
+        endpoint("nowhere")
+
+
+def test_a_context_is_read_from_the_commands_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hashlib
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path / ".docker"))
+    monkeypatch.delenv("DOCKER_HOST", raising=False)
+    (tmp_path / ".docker").mkdir()
+    (tmp_path / ".docker/config.json").write_text("{}")  # the library looks beside it only
+    folder = tmp_path / ".docker/contexts/meta" / hashlib.sha256(b"gpu").hexdigest()
+    folder.mkdir(parents=True)
+    ends = {"docker": {"Host": "tcp://gpu:2376", "SkipTLSVerify": False}}
+    (folder / "meta.json").write_text(json.dumps({"Name": "gpu", "Metadata": {}, "Endpoints": ends}))
+    assert endpoint("gpu").url == "tcp://gpu:2376"
+
+
+# -- tasks of a Swarm
+
+
+@pytest.mark.parametrize(
+    ("status", "desired", "node", "expected"),
+    [
+        ({"State": "pending", "Err": "no suitable node (x)"}, "running", "ready", ("pending", "NoSuitableNode")),
+        ({"State": "preparing"}, "running", "ready", ("pending", None)),
+        ({"State": "running"}, "running", "ready", ("running", None)),
+        ({"State": "running"}, "shutdown", "down", ("gone", "NodeDown")),
+        ({"State": "running"}, "remove", "ready", ("running", None)),
+        ({"State": "rejected", "Err": "No such image: x"}, "shutdown", "ready", ("gone", "ImageNotFound")),
+        ({"State": "rejected", "Err": "mount failed"}, "shutdown", "ready", ("gone", "Rejected")),
+        ({"State": "complete", "ContainerStatus": {"ExitCode": 0}}, "shutdown", "ready", ("gone", "ContainerEnded")),
+        ({"State": "failed", "ContainerStatus": {"ExitCode": 137}}, "shutdown", "ready", ("gone", "ContainerEnded")),
+        ({"State": "new to us"}, "running", "ready", ("unknown", None)),
+    ],
+)
+def test_what_a_task_means(
+    engine: Engine, client: Any, status: dict[str, Any], desired: str, node: str, expected: tuple[str, str | None]
+) -> None:
+    client.inspect_node = lambda _: {"Description": {"Hostname": "n2"}, "Status": {"State": node}}
+    task = {"Status": status, "DesiredState": desired, "NodeID": "abc"}
+    seen = run(SwarmBackend()._of_task(engine, task))
+    assert (seen.state.value, seen.reason and seen.reason.code) == expected
+    assert "n2" in seen.detail
