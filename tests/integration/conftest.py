@@ -3,8 +3,10 @@
 Environment of a test run:
 
 - `GP_TEST_REQUIRE`: names, separated by commas, whose absence is a failure and not a skip; `all` for all.
-  They are the names given to `require` and `offer`: slurm, ssh, sudo, wan, irkernel, jjava, xeus-python,
-  gateway-provisioners, chromium.
+  They are the names given to `require` and `offer`: slurm, ssh, sudo, docker, swarm, wan, irkernel, jjava,
+  xeus-python, gateway-provisioners, chromium.
+- `GP_TEST_DOCKERD`: path of another Docker engine than the system's, such as a newer one; its runc and docker-proxy
+  lie beside it.
 - `GP_TEST_SLURM_CONF`: the slurm.conf of a cluster to use instead of one of our own.
 - `GP_TEST_PAUSE`: seconds for which a client of a relayed kernel reads nothing (default: 15).
 - `GP_TEST_SEED`: when a relayed kernel's line breaks, as a failed test has printed it.
@@ -25,10 +27,12 @@ from typing import TYPE_CHECKING
 import pytest
 from clusters import kernels
 from clusters.availability import Unavailable, offer, require
+from clusters.docker import Engine
 from clusters.hosts import SshHosts
 from clusters.jupyter_env import JupyterEnv, isolated_jupyter
 from clusters.slurm import SlurmCluster
 from clusters.wan import Link
+from support.boxed import Boxed, boxing
 from support.installation import Installation, installed, wait_until
 
 if TYPE_CHECKING:
@@ -40,6 +44,19 @@ ARTIFACTS = pytest.StashKey[Path]()
 
 
 # -- clusters
+
+
+@pytest.fixture(scope="session")
+def engine() -> Iterator[Engine]:
+    """A Docker engine with an image that has ipykernel; its containers outlive it."""
+    folder = Path(tempfile.mkdtemp(prefix="gp-docker-"))
+    made = Engine("d1", folder / "d1", "--live-restore")
+    try:
+        offer("docker", made.up)
+        yield made
+    finally:
+        made.remove()
+        folder.rmdir()
 
 
 @pytest.fixture(scope="session")
@@ -163,6 +180,16 @@ def installation(channels: str) -> Iterator[Installation]:
     """A gp and a Jupyter of this test's own, which must leave nothing: no process, no record, no endpoint."""
     with installed(channels) as made:
         yield made
+
+
+@pytest.fixture
+def boxed(
+    installation: Installation, engine: Engine, ipykernel_spec: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Boxed]:
+    """Start an ipykernel in a container of the engine."""
+    monkeypatch.setenv("DOCKER_HOST", engine.url)
+    with boxing(installation, ipykernel_spec, engine) as started:
+        yield started
 
 
 # -- browsers

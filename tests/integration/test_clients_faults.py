@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from support.answering import Answering, HostApplication
+from support.driven import client_of
 from support.installation import Installation, wait_until
 
 from gp_core import testing
@@ -38,19 +38,19 @@ TINY_SPEC = {"argv": ["python3", str(TINY), "{connection_file}", "serve"]}
 class Victim(Answering):
     """A server process with one kernel."""
 
-    def __init__(self, installation: Installation, **env: str) -> None:
-        super().__init__(installation, "victim.py", "tiny", **env)
+    def __init__(self, installation: Installation, spec: str, **env: str) -> None:
+        super().__init__(installation, "victim.py", spec, **env)
 
 
 @pytest.fixture
 def victim(installation: Installation) -> Iterator[Callable[..., Victim]]:
     """Start a server with one tiny kernel whose orphan timeout is short."""
     installation.jupyter.install_spec("tiny", TINY_SPEC, config={"orphan_timeout": ORPHAN})
-    installation.jupyter.install_spec("patient", TINY_SPEC, config={"orphan_timeout": 60})
+    installation.jupyter.install_spec("unhurried", TINY_SPEC, config={"orphan_timeout": 3 * ORPHAN})
     started: list[Victim] = []
 
-    def start(**env: str) -> Victim:
-        made = Victim(installation, **env)
+    def start(spec: str = "tiny", **env: str) -> Victim:
+        made = Victim(installation, spec, **env)
         started.append(made)
         return made
 
@@ -134,19 +134,20 @@ def test_a_server_stopped_for_too_long_finds_its_kernel_dead(
 def test_a_restarted_server_with_the_same_key_and_port_is_called_again(
     installation: Installation, victim: Callable[..., Victim]
 ) -> None:
-    one = victim()
+    orphan = 3 * ORPHAN  # a slow machine starts the second server in it
+    one = victim("unhurried")
     heard = one.hear()
     one.end()
     two = victim(GP_RESPONSE_PORT=str(heard["port"]), GP_RESPONSE_PORT_RETRIES="0")
     assert two.hear()["port"] == heard["port"]
     wait_until(lambda: heard["kernel_id"] in two.ask("connected")["kernels"], 20)
-    time.sleep(ORPHAN + 1)
+    time.sleep(orphan + 1)
     assert psutil.pid_exists(heard["launcher"]), "its lease ended though a server had accepted it"
     row = ps()[heard["kernel_id"]]
     assert row["owner"]["alive"]
     assert two.ask("shutdown") == {"done": True}
     two.end()
-    wait_until(lambda: not installation.processes(), ORPHAN + 10)
+    wait_until(lambda: not installation.processes(), orphan + 10)
     collect(installation)
 
 
@@ -171,19 +172,6 @@ def host(installation: Installation, ipykernel_spec: Path) -> Iterator[Callable[
     for one in started:
         one.end()
     subprocess.run([GP, "gc", "--all"], check=True, timeout=60, capture_output=True)
-
-
-@contextmanager
-def client_of(connection: dict[str, Any]) -> Iterator[BlockingKernelClient]:
-    """A client of a kernel, however its server is."""
-    client = BlockingKernelClient()
-    client.load_connection_info({**connection, "key": connection["key"].encode()})
-    client.start_channels()
-    try:
-        client.wait_for_ready(timeout=60)
-        yield client
-    finally:
-        client.stop_channels()
 
 
 def value_of(client: BlockingKernelClient, expression: str) -> str:

@@ -17,7 +17,7 @@ from support.installation import Installation, wait_until
 
 from gp_core.errors import LaunchDenied, LaunchFailed
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.relay]  # its channels are always direct
 
 PID = "import os; print(os.getpid())"
 ENDLESS = "print('running', flush=True)\nwhile True: pass"

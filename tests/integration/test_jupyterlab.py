@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from clusters.availability import offer
+from clusters.docker import IMAGE, Engine
 from clusters.hosts import HOME, Host, SshHosts
 from support.installation import Installation, wait_until
 from support.line import Line
@@ -216,3 +217,39 @@ def test_a_kernel_that_was_discovered_on_a_host(
         assert page.run("6*7") == "42"
         page.keep("result")
     wait_until(lambda: not host.processes(), 20)
+
+
+# -- kernels in containers
+
+
+def test_a_notebook_in_a_container_of_an_image_that_knows_nothing_of_gp(
+    browser: Browser, installation: Installation, engine: Engine, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", engine.url)
+    install = (sys.executable, "-m", "jupyter", "gp", "install", "docker", "--image", IMAGE, "--discover", "*")
+    subprocess.run((*install, "--set", "memory=512Mi"), check=True)
+    with jupyter_lab(installation) as server, shown(browser, server, artifacts / "jupyterlab" / "container") as page:
+        page.keep("launcher")
+        page.new_notebook(f"Python 3.{sys.version_info[1]} (local) @ {IMAGE}")
+        assert page.run("6*7") == "42"
+        assert page.run("import os; os.path.exists('/.gp')") == "True"
+        page.keep("result")
+        cell = page.start(ENDLESS)
+        page.wait_for_output(cell, "running")
+        page.interrupt()
+        page.wait_for_end(cell)
+        assert "KeyboardInterrupt" in page.output(cell)
+        assert page.run("x = 41; x + 1") == "42"
+        page.restart()
+        assert "NameError" in page.run("x")
+        with engine.client() as client:
+            (found,) = client.containers(filters={"label": "kernel_id"})
+            client.kill(found["Id"])
+        shown_text = page.dialog()
+        page.keep("killed")
+        assert "appears to have died. It will restart automatically." in shown_text
+        page.accept()
+        page.wait_for_kernel(*AFTER_DEATH)
+        assert page.run("6*7") == "42"
+        page.keep("restarted-by-itself")
+    assert engine.counts()["containers"] == 0

@@ -18,15 +18,15 @@ from typing import Any, cast
 import pytest
 from clusters.availability import Unavailable, offer
 from clusters.sshd import Sshd
-from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import KernelManager
-from support.answering import HostApplication
+from support.answering import HostApplication, taken_over
 from support.driven import Driven, driven
 from support.installation import Installation, wait_until
 
 from gp_core.cli import main
-from gp_core.errors import LaunchDenied, LaunchFailed
+from gp_core.errors import GPError, LaunchDenied, LaunchFailed
+from gp_core.runtime import runtime
 from gp_core.testing import BackendContract
 from gp_ssh.backend import SshBackend
 
@@ -153,13 +153,15 @@ def other() -> Iterator[pwd.struct_passwd]:
             raise Unavailable("needs: apt-get install sudo")
         if os.geteuid() != 0:
             raise Unavailable("needs: root, to make a user")
-        subprocess.run(["useradd", "--create-home", name], check=True)
+        # a password that none is, because an sshd lets nobody in whose account is locked
+        subprocess.run(["useradd", "--create-home", "--password", "*", name], check=True)
         return pwd.getpwnam(name)
 
     user = offer("sudo", made)
     try:
         yield user
     finally:
+        subprocess.run(["pkill", "-KILL", "-u", name], check=False)  # the connection, if it logged in
         subprocess.run(["userdel", "--force", "--remove", name], check=False, capture_output=True)
 
 
@@ -186,6 +188,7 @@ def test_a_kernel_of_another_user(as_user: Callable[..., Any], other: pwd.struct
         assert Path(f"/proc/{pid}").stat().st_uid == other.pw_uid
         assert Path(other.pw_dir, ".cache/gp").stat().st_uid == other.pw_uid
         assert used.alive
+        assert used.manager.kernel_id in found()  # by a process that knows only the records
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not used.alive, 15)
         used.do(used.manager.restart_kernel(now=True))
@@ -194,13 +197,43 @@ def test_a_kernel_of_another_user(as_user: Callable[..., Any], other: pwd.struct
     wait_until(lambda: not processes_of(other.pw_uid), 15)
 
 
+def found() -> list[str]:
+    """Kernels that are discovered on the host."""
+    backend = SshBackend(remote_hosts=["h1"], ssh_config=os.environ["GP_SSH_CONFIG"])
+    return [handle["kernel_id"] for handle in runtime().submit(backend.discover()).result(30)]
+
+
+def test_a_kernel_of_who_logs_in(
+    as_user: Callable[..., Any], other: pwd.struct_passwd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GP_REMOTE_USER", "{username}")
+    who = Path(other.pw_dir, "who")
+    who.unlink(missing_ok=True)
+    with as_user(other.pw_name) as used:
+        used.do(used.manager.start_kernel())
+        assert int(who.read_text().split()[0]) == other.pw_uid
+        assert not [line for line in processes_of(0) if "sudo" in line and other.pw_name in line]
+        assert used.manager.kernel_id in found()
+        used.do(used.manager.shutdown_kernel(now=True))
+    with (
+        pytest.raises(LaunchFailed, match="UserProhibited"),
+        as_user(other.pw_name, prohibited_uids=[other.pw_uid]) as used,
+    ):
+        used.do(used.manager.start_kernel())
+    for hostile in ("-oProxyCommand=x", "a b", "a@h9"):
+        with pytest.raises(GPError, match=r"cannot be a user|not acceptable"), as_user(hostile) as used:
+            used.do(used.manager.start_kernel())
+    wait_until(lambda: not processes_of(other.pw_uid), 15)
+
+
 def processes_of(uid: int) -> list[str]:
+    """Return the command lines of a user's processes but those of the connection that is kept."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
             if entry.name.isdigit() and entry.stat().st_uid == uid:
                 found.append((entry / "cmdline").read_text())
-    return found
+    return [line for line in found if not line.startswith("sshd:")]
 
 
 @pytest.mark.parametrize(
@@ -253,19 +286,58 @@ def test_a_kernel_that_was_discovered(kernel: Callable[..., Any], installation: 
 
 
 def test_a_killed_servers_kernel_is_taken_over(kernel: Callable[..., Any], installation: Installation) -> None:
-    kernel_id = "5f1c9a52-0000-4000-8000-000000000005"
     with kernel(start=False) as used:  # makes the kernelspec
-        one = HostApplication(installation, "MappingKernelManager")
-        endpoints = one.ask(f"start {kernel_id} far")["connection"]
-        client = BlockingKernelClient()
-        client.load_connection_info({**endpoints, "key": endpoints["key"].encode()})
-        client.start_channels()
-        client.wait_for_ready(timeout=60)
-        client.execute("x = 41", reply=True, timeout=30)
-        one.end()
-        used.start(kernel_id=kernel_id)
-        assert "42" in used.run("x + 1")
-        client.stop_channels()
+        taken_over(installation, used, "far", "5f1c9a52-0000-4000-8000-000000000005")
+
+
+def test_kernels_of_other_servers_count(kernel: Callable[..., Any], installation: Installation) -> None:
+    with kernel("h1", start=False):  # makes the kernelspec
+        pass
+    others = [HostApplication(installation, "MappingKernelManager") for _ in range(2)]
+    for number, one in enumerate(others):
+        one.ask(f"start 5f1c9a52-0000-4000-8000-00000000000{number} far")
+    pids = [handle["note"]["pid"] for handle in recorded()]
+    others[0].end()  # its kernel runs on
+    for expected in (2, 0):
+        backend = SshBackend(remote_hosts=["h1", "h2"], ssh_config=os.environ["GP_SSH_CONFIG"])
+        assert runtime().submit(backend._others()).result(30)["h1"] == expected
+        if expected:
+            with kernel("h1", "h2", load_balancing_algorithm="least-connection") as used:
+                assert {handle["host"] for handle in recorded() if handle["kernel_id"] == used.manager.kernel_id} == {
+                    "h2"
+                }
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), 15)
+    others[1].end()
+    assert main(["gc"]) == 0
+
+
+def recorded() -> list[dict[str, Any]]:
+    return runtime().submit(SshBackend().recorded()).result(30)
+
+
+@pytest.mark.parametrize(
+    ("callback", "told"),
+    [
+        ("auto", ["ok ssh host h1", "cannot dial 192.0.2.1:", "calls through ssh", "connected 0."]),
+        ("dial", ["BAD ssh host h1", "cannot dial 192.0.2.1:", "or use callback: ssh"]),
+    ],
+)
+def test_doctor_tries_both_ways_back(
+    kernel: Callable[..., Any],
+    installation: Installation,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    callback: str,
+    told: list[str],
+) -> None:
+    with kernel(callback=callback, start=False):
+        capsys.readouterr()
+        assert main(["doctor", "far"]) == 1  # the server's address is none of this machine's
+    said = " ".join(capsys.readouterr().out.split())
+    assert [text for text in told if text not in said] == [], said
 
 
 def test_no_line_is_lost_when_sessions_of_the_sshd_are_killed(

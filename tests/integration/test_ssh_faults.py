@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import secrets
 import sys
 import time
 from collections import Counter
@@ -240,8 +241,9 @@ def test_a_host_dies_while_a_hundred_kernels_start(spec: Callable[..., None], ho
     )
 
 
-# -- hostile values
+# -- hostile values; what they say of a canary is said of a file that nobody else on this disk has
 
+CANARY = f"canary-{secrets.token_hex(8)}"
 HOSTILE = [
     "'",
     '"',
@@ -256,6 +258,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("value", HOSTILE)
 def test_hostile_values_are_data(kernel: Callable[..., Any], hosts: SshHosts, value: str) -> None:
+    value = value.replace("canary", CANARY)
     env = {"KERNEL_USERNAME": value, "KERNEL_WORKING_DIR": f"/{value}", "KERNEL_X": value, "PATH": "/usr/bin:/bin"}
     with kernel("h1", start=False) as used:
         try:
@@ -264,7 +267,7 @@ def test_hostile_values_are_data(kernel: Callable[..., Any], hosts: SshHosts, va
             pass  # refused
         else:
             assert used.run("import os; print(ascii(os.environ['KERNEL_X']))").strip() == ascii(value)
-    assert hosts["h1"].inside("find", "/", "-xdev", "-name", "canary*") == ""
+    assert hosts["h1"].inside("find", "/", "-xdev", "-name", f"{CANARY}*") == ""
 
 
 @pytest.mark.parametrize("value", [*HOSTILE, "h1 -oProxyCommand=touch", "-F/etc/passwd", "a@-o@h1"])
@@ -276,5 +279,5 @@ def test_hosts_that_are_none_are_refused(kernel: Callable[..., Any], value: str)
 def test_kernel_ids_that_are_paths_are_refused(kernel: Callable[..., Any], hosts: SshHosts) -> None:
     for kernel_id in ("../../canary", "a/b", "$(touch canary)"):
         with contextlib.suppress(GPError, ValueError), kernel("h1", start=False) as used:
-            used.start(kernel_id=kernel_id)
-    assert hosts["h1"].inside("find", "/", "-xdev", "-name", "canary*") == ""
+            used.start(kernel_id=kernel_id.replace("canary", CANARY))
+    assert hosts["h1"].inside("find", "/", "-xdev", "-name", f"{CANARY}*") == ""

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from clusters.availability import Unavailable
+from clusters.machine import Machine
 from clusters.wan import Link
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/sbin") or ""
@@ -22,14 +23,16 @@ class Sshd:
     """One host that is this machine.
 
     Args:
-        link: The host has a network of its own, behind this line; None: this machine's.
+        link: The host has a network of its own, behind this line or on this machine; None: that of the tests.
+        options: More lines of its configuration.
 
     Attributes:
         config: Of ssh, with the host as ``h1``, as ``h2`` through ``h1``, and as ``h3`` through two.
     """
 
-    def __init__(self, link: Link | None = None) -> None:
+    def __init__(self, link: Link | Machine | None = None, *, options: str = "") -> None:
         self._link = link
+        self._options = options
         self.folder = Path(tempfile.mkdtemp(prefix="gp-sshd-"))
         self.config = self.folder / "ssh_config"
         self.port = 0
@@ -48,7 +51,9 @@ class Sshd:
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / name)], check=True)
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
+        self.folder.chmod(0o711)  # an sshd reads a user's keys as that user
         (self.folder / "sshd_config").write_text(
+            f"{self._options}\n"
             f"ListenAddress {self._address}\nPort {self.port}\nHostKey {self.folder}/host_key\nPidFile none\n"
             f"StrictModes no\nAuthorizedKeysFile {self.folder}/id.pub\nUsePAM no\nPasswordAuthentication no\n"
             "MaxStartups 100\n"

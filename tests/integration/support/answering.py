@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from support.driven import Driven, client_of
 from support.installation import Installation
 
 SUPPORT = Path(__file__).parent
@@ -65,3 +66,20 @@ class HostApplication(Answering):
     def __init__(self, installation: Installation, manager: str, **env: str) -> None:
         super().__init__(installation, "host.py", manager, **env)
         assert self.hear() == {"pid": self.process.pid}
+
+
+def taken_over(installation: Installation, used: Driven, kernel_name: str, kernel_id: str) -> None:
+    """Kill a server whose kernel has a variable, and start that kernel here: it still has it.
+
+    Args:
+        installation: Whose all this is.
+        used: Takes the kernel over.
+        kernel_name: Of its kernelspec.
+        kernel_id: Its id.
+    """
+    former = HostApplication(installation, "MappingKernelManager")
+    with client_of(former.ask(f"start {kernel_id} {kernel_name}")["connection"]) as client:
+        client.execute("x = 41", reply=True, timeout=30)
+        former.end()
+        used.start(kernel_id=kernel_id)
+        assert "42" in used.run("x + 1")

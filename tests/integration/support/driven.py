@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
 READY = 60.0
@@ -149,3 +150,16 @@ def driven(manager: KernelManager, *, start: bool = True, **kwargs: Any) -> Iter
             if loop is not None:
                 loop.run_until_complete(loop.shutdown_asyncgens())
                 loop.close()
+
+
+@contextmanager
+def client_of(connection: dict[str, Any]) -> Iterator[BlockingKernelClient]:
+    """A client of a kernel, however its server is."""
+    client = BlockingKernelClient()
+    client.load_connection_info({**connection, "key": connection["key"].encode()})
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=READY)
+        yield client
+    finally:
+        client.stop_channels()

@@ -12,6 +12,7 @@ import os
 import sys
 from typing import Any
 
+from jupyter_core.paths import jupyter_runtime_dir
 from jupyter_server.services.kernels import kernelmanager
 
 from gp_core.server import kernel_server
@@ -22,7 +23,7 @@ def say(**what: Any) -> None:
 
 
 async def main() -> None:
-    manager = getattr(kernelmanager, sys.argv[1])()
+    manager = getattr(kernelmanager, sys.argv[1])(connection_dir=jupyter_runtime_dir())
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     say(pid=os.getpid())

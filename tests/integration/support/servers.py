@@ -57,9 +57,13 @@ class Server:
         token: That it wants.
         process: That runs it.
         log: What it wrote.
+        host: Where it listens, too.
     """
 
-    def __init__(self, port: int, token: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(
+        self, port: int, token: str, process: subprocess.Popen[bytes], log: Path, host: str = "127.0.0.1"
+    ) -> None:
+        self.host = host
         self.port = port
         self.token = token
         self.process = process
@@ -68,7 +72,7 @@ class Server:
     @property
     def url(self) -> str:
         """Where it listens."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def log(self) -> str:
@@ -80,7 +84,7 @@ class Server:
     def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Answer:
         """Send a request below `/api/`."""
         headers = {"Authorization": f"token {self.token}", "Content-Type": "application/json"}
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=ANSWER)) as connection:
+        with closing(http.client.HTTPConnection(self.host, self.port, timeout=ANSWER)) as connection:
             connection.request(
                 method, f"/api/{path}".rstrip("/"), json.dumps(body) if body is not None else None, headers
             )
@@ -120,7 +124,7 @@ class Server:
     @contextmanager
     def channels(self, kernel_id: str) -> Iterator[Channels]:
         """Open the websocket of a kernel that answers on it."""
-        path = f"ws://127.0.0.1:{self.port}/api/kernels/{quote(kernel_id)}/channels?session_id={secrets.token_hex(8)}"
+        path = f"ws://{self.host}:{self.port}/api/kernels/{quote(kernel_id)}/channels?session_id={secrets.token_hex(8)}"
         header = [f"Authorization: token {self.token}"]
         with closing(websocket.create_connection(path, timeout=ANSWER, header=header)) as connection:
             channels = Channels(connection)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 
 from clusters.availability import Unavailable
 from clusters.kernels.cache import cached
@@ -33,6 +34,43 @@ class Peer:
     def spec(self) -> Path:
         """Folder of the kernelspec that ``jupyter ssh-spec install`` has made for the host ``h1``."""
         return self.folder / "share/jupyter/kernels" / SPEC
+
+    def docker_spec(self, image: str, prefix: Path) -> Path:
+        """Return the folder of a kernelspec that ``jupyter docker-spec install`` makes.
+
+        Args:
+            image: Its image.
+            prefix: Folder for it.
+        """
+        tool = (str(self.folder / "venv/bin/jupyter"), "docker-spec", "install", "--prefix", str(prefix))
+        _run(*tool, "--kernel-name", "peer_docker", "--image-name", image, missing="the tool of gateway_provisioners")
+        return prefix / "share/jupyter/kernels/peer_docker"
+
+    @property
+    def packages(self) -> Path:
+        """Where it is installed."""
+        (found,) = self.folder.glob("venv/lib/python3*/site-packages")
+        return found
+
+
+def bootstrap(packages: Path, folder: Path) -> dict[str, Path]:
+    """Return what an image needs besides ipykernel for the peer's kernels, by its place below ``/usr/local``.
+
+    ``jupyter image-bootstrap install`` does that, inside of an image and for root only.
+
+    Args:
+        packages: Where the peer is installed.
+        folder: For what is written.
+    """
+    launchers = packages / "gateway_provisioners/kernel-launchers"
+    script = Template((launchers / "bootstrap/bootstrap-kernel.sh").read_text())
+    (folder / "bootstrap-kernel.sh").write_text(script.safe_substitute(install_dir="/usr/local/bin"))
+    return {
+        "bin/bootstrap-kernel.sh": folder / "bootstrap-kernel.sh",
+        "bin/kernel-launchers/python/scripts/launch_ipykernel.py": launchers / "python/scripts/launch_ipykernel.py",
+        "bin/kernel-launchers/python/scripts/server_listener.py": launchers / "shared/scripts/server_listener.py",
+        f"lib/{packages.parent.name}/site-packages/Cryptodome": packages / "Cryptodome",
+    }
 
 
 def peer() -> Peer:

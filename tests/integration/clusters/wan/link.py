@@ -25,6 +25,7 @@ _FORWARDER = Path(__file__).with_name("forwarder.py")
 _NETWORKS = ipaddress.ip_network("198.18.0.0/15")  # for benchmarks of networks: nobody else has them (RFC 2544)
 _FAR_DEVICE = "far0"
 _counter = itertools.count()
+_places = itertools.count(os.getpid())
 
 
 class Link:
@@ -171,11 +172,11 @@ class Link:
 
 
 def free_network() -> ipaddress.IPv4Network:
-    """Return a network that no device of this side has; runs at the same time begin to look at different places."""
+    """Return a network that no device of this side has, another one at each call; runs begin at different places."""
     told = subprocess.run(["ip", "-json", "-4", "address"], check=True, capture_output=True, text=True).stdout
     used = {ipaddress.ip_address(one["local"]) for device in json.loads(told) for one in device["addr_info"]}
     networks = list(_NETWORKS.subnets(new_prefix=24))
-    start = os.getpid() % len(networks)
+    start = next(_places) % len(networks)
     for network in networks[start:] + networks[:start]:
         if not any(address in network for address in used):
             assert isinstance(network, ipaddress.IPv4Network)
