@@ -13,6 +13,7 @@ from pathlib import Path
 import attach
 import channels
 import crowd
+import incontainers
 import launcher
 import overssh
 import report
@@ -22,7 +23,7 @@ from harness import Row
 from rich.console import Console
 
 OF_ALL = (*starts.LIFE, "own-cost", "stillborn", "crowd", "idle")  # contestants on this machine
-FIGURES = (*OF_ALL, "attach", "launcher", *channels.FIGURES, *overssh.FIGURES)
+FIGURES = (*OF_ALL, "attach", "launcher", *channels.FIGURES, *overssh.FIGURES, *incontainers.FIGURES)
 
 
 def main() -> int:
@@ -37,8 +38,8 @@ def main() -> int:
     wanted = set(given.only or FIGURES)
     console = Console() if sys.stdout.isatty() else Console(width=170)
     names = [name for name in NAMES if wanted & set(OF_ALL) and not (given.no_peer and name == "peer")]
-    over_ssh = wanted & set(overssh.FIGURES)
-    if "peer" in names or (over_ssh and not given.no_peer):
+    elsewhere = wanted & {*overssh.FIGURES, *incontainers.FIGURES}
+    if "peer" in names or (elsewhere and not given.no_peer):
         peer_python()  # not while anything is measured
     work = Path(tempfile.mkdtemp(prefix="gp-bench-"))
     facts = report.machine(work)
@@ -76,6 +77,7 @@ def measure(
         ({"launcher"}, lambda: launcher.cost(work, 7 if quick else 25)),
         (set(channels.FIGURES), lambda: channels.measure(work, wanted, quick=quick)),
         (set(overssh.FIGURES), lambda: overssh.measure(work, wanted, quick=quick, peer=peer)),
+        (set(incontainers.FIGURES), lambda: incontainers.measure(work, wanted, quick=quick, peer=peer)),
     ]
     for names, run in groups:
         if names & wanted:

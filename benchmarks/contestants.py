@@ -35,11 +35,11 @@ def peer_python() -> str:
     if given := os.environ.get("GP_BENCH_PEER_PYTHON"):
         return given
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gp-benchmarks"
-    folder = cache / f"{PEER.replace('==', '-')}-py{sys.version_info[0]}.{sys.version_info[1]}"
+    folder = cache / f"{PEER.replace('==', '-')}-docker-py{sys.version_info[0]}.{sys.version_info[1]}"
     python = folder / "bin/python"
     if not (folder / "complete").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", PEER, *_same_versions()], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", PEER, "docker", *_same_versions()], check=True)
         (folder / "complete").touch()
     return str(python)
 

@@ -197,7 +197,7 @@ def _watch(stage: Stage, kernels: int, seconds: float) -> list[Row]:
         (ours,) = stage.named("ours")
         watcher.ask("start")
         before = watcher.ask("cpu")
-        found = ours.host.ask("idle", kernels=kernels, seconds=seconds, timeout=600)
+        found = ours.host.ask("idle", kernels=kernels, seconds=seconds, clients_too=False, timeout=600)
         watcher.ask("stop")
         row.series.add("ours", 100 * max(0.0, found["cpu"] - (watcher.ask("cpu") - before) / seconds))
         ours.forget()

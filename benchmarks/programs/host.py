@@ -149,6 +149,16 @@ async def death(slot: str = "") -> float:
     return clock() - began
 
 
+async def gone(slot: str = "") -> float:
+    """When poll() says that the kernel is dead, asked every millisecond, by `clock`."""
+    began = clock()
+    while await managers[slot].provisioner.poll() is None:
+        if clock() - began > UNSEEN:
+            raise TimeoutError(f"poll() still says alive after {UNSEEN:g} s")
+        await asyncio.sleep(0.001)
+    return clock()
+
+
 async def shutdown(slot: str = "", now: bool = False) -> float:
     """Seconds of shutdown_kernel."""
     if slot in clients:
@@ -185,19 +195,26 @@ async def _removed(manager: AsyncKernelManager) -> None:
         print(f"shutdown: {error!r}", flush=True)
 
 
-async def crowd(count: int) -> dict[str, Any]:
-    """Start kernels that are ready at once, all at the same time; seconds until all are, and how late this loop was."""
-    made = [AsyncKernelManager(kernel_name="instant") for _ in range(count)]
-    managers.update({f"crowd-{number}": manager for number, manager in enumerate(made)})
+async def crowd(count: int, kernel: str = "instant", more: bool = False) -> dict[str, Any]:
+    """Start kernels, all at the same time; seconds until all are ready, and how late this loop was.
 
-    async def one(manager: AsyncKernelManager) -> None:
+    Args:
+        count: How many.
+        kernel: Of which kind.
+        more: Besides those of the crowds before.
+    """
+    first = len(managers) if more else 0
+    made = {f"crowd-{first + number}": AsyncKernelManager(kernel_name=kernel) for number in range(count)}
+    managers.update(made)
+
+    async def one(slot: str, manager: AsyncKernelManager) -> None:
         await manager.start_kernel()
-        await _accepts(manager)
+        await (_answered(slot) if kernel.startswith("ipykernel") else _accepts(manager))
 
     await asyncio.sleep(0.5)
     ticker = Ticker()
     cpu, began = time.process_time(), clock()
-    outcomes = await asyncio.gather(*(one(manager) for manager in made), return_exceptions=True)
+    outcomes = await asyncio.gather(*(one(*each) for each in made.items()), return_exceptions=True)
     seconds, cpu = clock() - began, time.process_time() - cpu
     lag = ticker.stop()
     failures = [repr(outcome) for outcome in outcomes if outcome is not None]
@@ -220,10 +237,18 @@ async def noticed() -> dict[str, float]:
     return tickers.pop().stop()
 
 
-async def idle(kernels: int, seconds: float) -> dict[str, Any]:
-    """Do nothing with some kernels running: how late this loop is, and what it costs."""
+async def idle(kernels: int, seconds: float, clients_too: bool = True) -> dict[str, Any]:
+    """Do nothing with some kernels running: how late this loop is, and what it costs.
+
+    Args:
+        kernels: How many.
+        seconds: How long.
+        clients_too: Their clients stay connected in this process, and send heartbeats.
+    """
     for number in range(kernels):
         await start("instant", f"idle-{number}")
+    while clients and not clients_too:
+        clients.popitem()[1].stop_channels()
     await asyncio.sleep(1)
     ticker = Ticker()
     cpu = time.process_time()
@@ -264,6 +289,7 @@ async def main() -> None:
         restart,
         interrupt,
         death,
+        gone,
         shutdown,
         stillborn,
         crowd,
