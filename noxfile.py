@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent
 WORKSPACE = nox.project.load_toml("pyproject.toml")
 PROJECTS = {path.parent.name: nox.project.load_toml(path) for path in sorted(ROOT.glob("packages/*/pyproject.toml"))}
 # for any Python from 3.8 on
-FAR_SIDE = ("packages/gp-launchers/src", *(f"packages/gp-ssh/src/gp_ssh/{name}.py" for name in ("far", "survey")))
+FAR_SIDE = ("packages/gp-launchers/src", "packages/gp-ssh/src/gp_ssh/far.py")
 each_package = nox.parametrize("package", [nox.param(name, id=name) for name in PROJECTS])
 
 
