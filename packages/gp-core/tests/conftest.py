@@ -42,8 +42,6 @@ async def _close(used: server.KernelServer) -> None:
     left = list(used.kernels.values())
     await asyncio.gather(*(kernel.remove(force=True) for kernel in left))
     if used.rendezvous is not None:
-        # asyncio leaks a connection that comes in just when its listener is closed
-        await asyncio.sleep(0.02)
         used.rendezvous.close()
         await asyncio.sleep(0.02)
     runtime().at_exit.clear()

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -384,6 +385,33 @@ async def test_callers_push_out_the_oldest(
     for caller in waiting:
         caller.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_callers_that_come_in_one_turn_push_each_other_out(
+    server: KernelServer, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol1, "MAX_CALLERS", 3)
+
+    async def come() -> list[socket.socket]:  # while the loop cannot look at any of them
+        callers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(10)]
+        for caller in callers:
+            caller.sendall(b"e")
+            caller.settimeout(0)
+        return callers
+
+    def waiting(caller: socket.socket) -> bool:
+        try:
+            return bool(caller.recv(1))
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:
+            return False
+
+    callers = await runtime().call(come())
+    await until(lambda: sum(map(waiting, callers)) == 3)
+    for caller in callers:
+        caller.close()
+    await until(lambda: all(caller.done() for caller in cast(Protocol1, server.protocol1)._callers))
 
 
 async def test_broken_terms_end_the_start(server: KernelServer, kernel: FakeKernel) -> None:

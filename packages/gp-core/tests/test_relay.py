@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import shutil
@@ -22,7 +23,7 @@ from gp_core import kernel as kernel_module
 from gp_core import relay as relay_module
 from gp_core.errors import ConfigError, LaunchFailed
 from gp_core.plugins import plugins
-from gp_core.relay import peer_uid
+from gp_core.relay import Relay, peer_uid
 from gp_core.runtime import runtime
 
 from .conftest import ask, launchers, until
@@ -197,6 +198,25 @@ async def test_a_request_of_a_client_that_leaves_at_once_arrives(echo: AsyncKern
     writer.write(f"keep:{tmp_path}/told".encode())
     writer.close()
     await until((tmp_path / "told").exists)
+
+
+async def test_a_client_that_comes_while_the_endpoints_are_closed_is_sent_away() -> None:
+    async def race(turns: int) -> None:
+        held = Relay("k1", {"transport": "tcp", "ip": "127.0.0.1"})
+        await held.open()
+        with socket.create_connection(("127.0.0.1", held.endpoint["shell_port"])) as client:
+            for _ in range(turns):  # it is accepted, and becomes a transport, one after the other
+                await asyncio.sleep(0)
+            held.close()
+            for _ in range(5):
+                await asyncio.sleep(0)
+            gc.collect()  # what nobody holds any more fails the test
+            client.settimeout(0)
+            with contextlib.suppress(ConnectionResetError):
+                assert client.recv(1) == b"", f"after {turns} turns"
+
+    for turns in range(6):
+        await runtime().call(race(turns))
 
 
 async def test_the_last_words_of_a_kernel_arrive(manager: Make) -> None:

@@ -166,7 +166,9 @@ class Protocol1:
         self._callers = [caller for caller in self._callers if not caller.done()]
         if len(self._callers) >= MAX_CALLERS:
             self._callers.pop(0).cancel()
-        self._callers.append(runtime().spawn(self._hear(reader, transport), name="callback"))
+        caller = runtime().spawn(self._hear(reader, transport), name="callback")
+        caller.add_done_callback(lambda _: transport.abort())  # even if it was sent away before it began
+        self._callers.append(caller)
         return True
 
     async def _hear(self, reader: asyncio.StreamReader, transport: asyncio.Transport) -> None:
@@ -176,8 +178,6 @@ class Protocol1:
             self.take(end.partial, str((transport.get_extra_info("peername") or "?")[0]))
         except (OSError, asyncio.TimeoutError):
             pass
-        finally:
-            transport.abort()
 
     def take(self, blob: bytes, address: str) -> None:
         """Accept a callback, once; nothing is answered whatever comes of it."""

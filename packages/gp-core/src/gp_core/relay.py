@@ -25,7 +25,7 @@ from gp_launchers.streams import CHANNELS, IDLE, UNSENT, Stream, Streams
 from gp_launchers.wire import WireError
 
 from .errors import ENDPOINT_TAKEN, TOO_MANY_FILES, ConfigError, LaunchFailed
-from .runtime import blocking, runtime
+from .runtime import blocking, runtime, stop_listening
 from .store import private_folder
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class Relay:
         self._numbers = {name: int(endpoint.get(f"{name}_port") or 0) for name in CHANNELS}
         self._servers: dict[str, asyncio.Server] = {}
         self._clients: set[Client] = set()
+        self._is_open = False
         self.entrance = asyncio.Lock()  # one after the other: of two with one identity, the kernel takes the last
         self._identity = secrets.token_hex(8)
         self._told = False  # to a launcher: what the streams are now depends on what it did with them
@@ -107,6 +108,7 @@ class Relay:
             ConfigError: Its path is too long.
         """
         loop = asyncio.get_running_loop()
+        self._is_open = True
         if self._ipc:
             if len(os.fsencode(self._ip)) + SUFFIX > PATH_MAX:
                 raise ConfigError(
@@ -118,7 +120,7 @@ class Relay:
             if name in self._servers and not (self._ipc and await blocking(self._is_unlinked, name)):
                 continue
             if old := self._servers.pop(name, None):
-                old.close()
+                stop_listening(old)
             try:
                 self._servers[name] = await self._bound(loop, name)
             except OSError as error:
@@ -152,8 +154,9 @@ class Relay:
 
     def close(self) -> None:
         """Close the endpoints and all connections."""
+        self._is_open = False
         for name, server in self._servers.items():
-            server.close()
+            stop_listening(server)
             if self._ipc:
                 with contextlib.suppress(OSError):
                     os.unlink(self._path(name))
@@ -264,8 +267,11 @@ class Relay:
         log.warning("kernel %s: a connection of user %s was refused", self._kernel_id, uid)
         return False
 
-    def joined(self, client: Client) -> None:
-        self._clients.add(client)
+    def joined(self, client: Client) -> bool:
+        """Take a new client in, unless the endpoints were closed while it came."""
+        if self._is_open:
+            self._clients.add(client)
+        return self._is_open
 
     def left(self, client: Client) -> None:
         self._clients.discard(client)
@@ -284,7 +290,9 @@ class Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        self._relay.joined(self)
+        if not self._relay.joined(self):
+            transport.abort()
+            return
         transport.set_write_buffer_limits(0)  # what waits there is bounded by the credit
         with contextlib.suppress(OSError):
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -34,6 +34,7 @@ from gp_launchers.wire import (
 from . import protocol
 from .errors import ConfigError, GPError, ProtocolError
 from .protocol import Hello, Message
+from .runtime import stop_listening
 
 log = logging.getLogger(__name__)
 
@@ -262,6 +263,7 @@ class Rendezvous:
         self._max_strangers = _raise_file_limit() // 4
         self._servers: list[asyncio.Server] = []
         self._ports: set[int] = set()
+        self._is_open = True
 
     async def listen(self, hosts: list[str], port: int, retries: int) -> int:
         """Open the listener and return its port.
@@ -309,7 +311,7 @@ class Rendezvous:
                 port = port or int(made[0].sockets[0].getsockname()[1])
         except OSError:
             for server in made:
-                server.close()
+                stop_listening(server)
             raise
         self._servers += made
         self._ports.add(port)
@@ -317,15 +319,19 @@ class Rendezvous:
 
     def close(self) -> None:
         """Close the listener and all sessions."""
+        self._is_open = False
         self._ports.clear()
         while self._servers:
-            self._servers.pop().close()
+            stop_listening(self._servers.pop())
         for session in [*self._strangers, *self.sessions]:
             session.close()
 
     # -- called by sessions
 
     def stranger_came(self, session: Session) -> None:
+        if not self._is_open:  # the listener was closed while it came
+            session.close()
+            return
         self._strangers[session] = self.loop.call_later(HELLO_DEADLINE, session.close, "no hello in time")
         if len(self._strangers) > self._max_strangers:
             oldest = next(iter(self._strangers))

@@ -183,6 +183,21 @@ async def blocking(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) 
     return await runtime().blocking(function, *args, **kwargs)
 
 
+def stop_listening(server: asyncio.Server) -> None:
+    """Close a server once the connections that it has accepted have become transports, in the next turn of its loop.
+
+    `asyncio.Server.close` forgets those and leaves their sockets to the garbage collector (cpython's gh-109564): it
+    happens whenever a client redials just then.
+
+    Args:
+        server: Of the loop that runs; it accepts no connection any more.
+    """
+    loop = server.get_loop()
+    for listener in server.sockets:
+        loop.remove_reader(listener.fileno())
+    loop.call_soon(server.close)
+
+
 async def within(seconds: float, work: Awaitable[T]) -> T:
     """Wait for something, and not for longer.
 
