@@ -129,6 +129,28 @@ def test_a_server_by_name(launch, server):
     assert connection.next("listening")
 
 
+def test_an_address_of_a_family_that_the_machine_lacks_is_passed_over(launch, server):
+    nowhere = "dialer._literal = lambda host, port: (9999 if host == '192.0.2.1' else 2, (host, port))"
+    running = launch(options=("--response-address", f"192.0.2.1:1,127.0.0.1:{server.port}"), tuned=(nowhere,))
+    for _ in range(2):
+        connection, _ = server.meet()
+        connection.cut()
+    assert "not supported" in running.log
+
+
+def test_a_resolver_that_can_have_no_thread(launch, server):
+    none = "def none(*rest): raise RuntimeError('no more threads')"
+    running = launch(
+        options=("--response-address", f"somewhere.invalid:1,127.0.0.1:{server.port}"),
+        tuned=("import _thread", none, "_thread.start_new_thread = none"),
+    )
+    for _ in range(2):
+        connection, _ = server.meet()
+        connection.cut()
+    assert "no more threads" in running.log
+    assert alive(running.pid)
+
+
 def test_refused_but_not_for_good(launch, server):
     running = launch()
     for reason in ("not_here", "unknown_kernel"):
@@ -211,7 +233,7 @@ def test_connections_that_are_reset_at_the_end_of_their_handshake(launch, server
                 tls.do_handshake()
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.sendall(outgoing.read())
-            connection.close()
+            connection.cut()
     server.start()
     connection, _ = server.meet()
     assert connection.next("listening")

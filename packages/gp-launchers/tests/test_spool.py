@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gp_launchers.relay import ENOUGH, Channel
 from gp_launchers.spool import Full, Messages, Spool
 
 GREETING = b"\xff" + b"\0" * 8 + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + b"\0" * 32
@@ -149,3 +151,37 @@ def test_ends_do_not_depend_on_how_the_bytes_come(shapes, size):
     assert len(found) == len(shapes)
     assert whole.between
     assert pieces.between
+
+
+class FakeStream:
+    """A stream whose queue the test fills and empties."""
+
+    channel = "iopub"
+
+    def __init__(self):
+        self.queued = 0
+        self.sent = b""
+
+    def write(self, data):
+        self.sent += data
+
+
+def test_the_rest_of_a_message_that_was_left_out_never_goes_out(tmp_path):
+    stream, lost = FakeStream(), []
+    relay = SimpleNamespace(
+        folder=lambda: str(tmp_path),
+        buffer=300,
+        send=lambda stream, data: stream.write(data),
+        dropped=lambda messages, size: lost.append((messages, size)),
+    )
+    channel = Channel(relay, stream)
+    channel._tell(GREETING + READY, channel._messages)
+    stream.queued = ENOUGH  # nobody takes what comes now
+    long = message(1, 700)
+    channel._tell(long[:400], channel._messages)
+    stream.queued = 0
+    stream.on_drained()
+    channel._tell(long[400:] + message(2, 40)[:10], channel._messages)
+    channel._tell(message(2, 40)[10:] + message(3, 40), channel._messages)
+    assert numbers(stream.sent[len(GREETING + READY) :]) == [2, 3]
+    assert lost == [(1, len(long))]

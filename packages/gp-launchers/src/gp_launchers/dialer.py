@@ -128,7 +128,12 @@ class Dialer:
         self._lookups[host] = port
         import _thread
 
-        _thread.start_new_thread(self._resolve, (host, port, found))
+        try:
+            _thread.start_new_thread(self._resolve, (host, port, found))
+        except RuntimeError as error:  # the kernel may have all that this user can have
+            del self._lookups[host]
+            why = f"cannot look it up: {error}"
+            self._loop.after(0, lambda: found(why, []))
 
     def _resolve(self, host: str, port: int, found: Callable[[str, list[tuple[int, Any]]], None]) -> None:
         targets: list[tuple[int, Any]] = []

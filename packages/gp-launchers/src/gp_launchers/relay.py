@@ -179,9 +179,9 @@ class Channel:
     # -- connecting
 
     def connect(self) -> None:
-        """Connect to the kernel, if it listens."""
+        """Connect to the kernel, if it listens; only once."""
         ports = self._relay.ports
-        if ports is None or self._socket is not None:
+        if ports is None or self._socket is not None or self._used:
             return
         number = ports.numbers[f"{self._stream.channel}_port"]
         target: Any = ports.path(number) if ports.ipc else (_LOOPBACK.get(ports.ip, ports.ip), number)
@@ -292,6 +292,7 @@ class Channel:
                 path = os.path.join(self._relay.folder(), f"spool-{os.urandom(4).hex()}")
                 self._spool = Spool(path, self._relay.buffer, between)
             self._spool.append(data, ends)
+            self._drained()  # there may be nothing to wait for
         except (Full, OSError, StartError) as error:
             self._relay.log("iopub: a connection is given up, its output cannot be kept: %r", error)
             self._relay.dropped(1, len(data))
@@ -301,7 +302,7 @@ class Channel:
         if self._stream.queued < ENOUGH // 2:
             if self._spool is not None:
                 self._stream.write(self._spool.take(PIECE))
-                if not self._spool:
+                if not self._spool and not self._spool.leaving_out:
                     self._close_spool()
             elif self._messages is None:
                 self._watch()

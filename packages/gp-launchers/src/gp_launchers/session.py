@@ -91,7 +91,7 @@ class Session:
         self._out = memoryview(b"")  # encrypted, not taken by the system
         self._socket: socket.socket | None = None
         self._tls: ssl.SSLObject | None = None
-        self._shaken = False
+        self._shaken = self._over = False
         self._piece, self._room = memoryview(bytearray(PIECE)), room()
         self._deadline: Timer | None = None
         self._ping: Timer | None = None
@@ -180,12 +180,14 @@ class Session:
             pass  # close_notify is written, the server's has not come yet
 
     def _forget(self) -> bool:
-        if self._socket is None:
+        if self._over:
             return False
-        self._loop.unwatch(self._socket.fileno())
+        self._over = True
         self._loop.cancel(self._deadline)
         self._loop.cancel(self._ping)
-        self._socket.close()
+        if self._socket is not None:  # else there was none to be had, of a family that this machine lacks
+            self._loop.unwatch(self._socket.fileno())
+            self._socket.close()
         self._socket = self._tls = None
         return True
 

@@ -76,6 +76,7 @@ class Spool:
     Attributes:
         lost_messages: Messages that were left out.
         lost_bytes: Their size.
+        leaving_out: The rest of a message that was left out is still to come, so nobody else may take it.
 
     Raises:
         OSError: It cannot be made.
@@ -88,7 +89,7 @@ class Spool:
         os.unlink(path)
         self._read = self._written = 0
         self._end = 0 if between else -1  # where the last whole message ends; -1: no longer here
-        self._leaving_out = False
+        self.leaving_out = False
 
     def __len__(self) -> int:
         return self._written - self._read
@@ -106,14 +107,14 @@ class Spool:
         if self._read > self._limit:
             self._compact()
         start = 0
-        if self._leaving_out:
+        if self.leaving_out:
             if not ends:
                 self.lost_bytes += len(data)
                 return
             start, ends = ends[0], ends[1:]
             self.lost_messages += 1
             self.lost_bytes += start
-            self._leaving_out = False
+            self.leaving_out = False
         kept = data[start:]
         if len(self) + len(kept) <= self._limit and self._write(kept):
             if ends:
@@ -123,7 +124,7 @@ class Spool:
             raise Full
         self.lost_messages += len(ends)
         self.lost_bytes += self._written - self._end + len(kept)
-        self._leaving_out = ends[-1] != len(data) if ends else bool(kept) or self._written > self._end
+        self.leaving_out = ends[-1] != len(data) if ends else bool(kept) or self._written > self._end
         self._written = self._end
 
     def take(self, count: int) -> bytes:
