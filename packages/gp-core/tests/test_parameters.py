@@ -10,8 +10,10 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from traitlets import Unicode
 
 from gp_core.errors import ConfigError
+from gp_core.options import checked
 from gp_core.parameters import Parameter, from_client, from_schema, quantity, to_schema
 
 CPUS = Parameter(name="cpus", kind="int", default=1, minimum=1, maximum=8, title="Cores")
@@ -314,3 +316,11 @@ def test_a_kernelspec_cannot_lift_the_cap_by_a_definition_of_its_own():
     mine = {"Launch_Timeout": Parameter(name="Launch_Timeout", kind="str")}
     values = from_client(mine, {"KERNEL_LAUNCH_TIMEOUT": "999"}, launch_timeout_cap=60)
     assert values["launch_timeout"] == 60
+
+
+def test_a_number_can_be_the_value_of_an_option_that_is_text():
+    """Two processors, by a parameter of type integer."""
+    assert checked("cpus", 2, Unicode()) == "2"
+    assert checked("cpus", 0.5, Unicode()) == "0.5"
+    with pytest.raises(ConfigError, match="cpus"):
+        checked("cpus", True, Unicode())

@@ -43,6 +43,7 @@ from gp_core.kernel import RemoteKernel
 from gp_core.local import LocalBackend
 from gp_core.planning import Planner
 from gp_core.runtime import runtime
+from gp_core.server import kernel_server
 from gp_core.starting import Start
 from gp_core.store import FileStore, Record
 
@@ -377,6 +378,56 @@ async def test_a_cancelled_start_leaves_nothing(
     monkeypatch.undo()
     os.environ["GP_DATA_DIR"] = str(installation)
     await nothing_left(installation)
+
+
+async def test_a_start_that_is_cancelled_in_its_backend_disturbs_no_later_one(
+    manager: Make, installation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = LocalBackend.launch, []
+    reached, go_on = threading.Event(), threading.Event()
+
+    async def slow(self: LocalBackend, request: LaunchRequest) -> Handle:
+        calls.append(request.kernel_id)
+        reached.set()
+        while len(calls) == 1 and not go_on.is_set():
+            await asyncio.sleep(0.01)
+        return await original(self, request)
+
+    monkeypatch.setattr(LocalBackend, "launch", slow)
+    first, second = manager(), manager()
+    task = asyncio.create_task(first.start_kernel(kernel_id="k1"))
+    assert await asyncio.to_thread(reached.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    again = asyncio.create_task(second.start_kernel(kernel_id="k1"))
+    await asyncio.sleep(0.3)
+    assert len(calls) == 1, "it waits for what the first one has left"
+    go_on.set()
+    await again
+    await asyncio.sleep(0.5)
+    assert ask(second)
+    assert kernel_server().store.get("k1") is not None
+    await second.shutdown_kernel(now=True)
+    await nothing_left(installation)
+
+
+async def test_a_shutdown_that_is_given_up_goes_on(
+    started: AsyncKernelManager, installation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, go_on = LocalBackend.terminate, threading.Event()
+
+    async def slow(self: LocalBackend, handle: Handle, *, force: bool) -> None:
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        await original(self, handle, force=force)
+
+    monkeypatch.setattr(LocalBackend, "terminate", slow)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(started.shutdown_kernel(now=True), 0.5)
+    go_on.set()
+    await nothing_left(installation)
+    assert not kernel_server().kernels
 
 
 async def test_a_backend_that_fails_in_the_middle_leaves_nothing(

@@ -10,6 +10,7 @@ import random
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,9 +26,10 @@ from gp_core.errors import ConfigError, LaunchFailed
 from gp_core.plugins import plugins
 from gp_core.relay import Relay, peer_uid
 from gp_core.runtime import runtime
+from gp_launchers.streams import CHANNELS
 
 from .conftest import ask, launchers, until
-from .test_provisioner import PORT_NAMES, lost, remote
+from .test_provisioner import PORT_NAMES, cancelled_at, lost, remote
 
 Make = Callable[..., AsyncKernelManager]
 
@@ -183,6 +185,8 @@ async def test_endpoints_stay_over_restarts_and_new_connections_wait_for_the_new
 async def test_a_launcher_that_is_gone_is_replaced_behind_the_same_endpoints(echo: AsyncKernelManager) -> None:
     info, first = echo.get_connection_info(), await pid_of(echo)
     reader, writer = await connect(echo)
+    writer.write(b"1\n")
+    assert await reader.readline() == b"1\n", "it is the first kernel's client"
     launchers()[0].kill()
     assert await asyncio.wait_for(reader.read(), 10) == b""
     writer.close()
@@ -217,6 +221,47 @@ async def test_a_client_that_comes_while_the_endpoints_are_closed_is_sent_away()
 
     for turns in range(6):
         await runtime().call(race(turns))
+
+
+async def test_endpoints_whose_opening_is_cancelled_are_free_again() -> None:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in CHANNELS]
+        numbers = {f"{name}_port": probe.getsockname()[1] for name, probe in zip(CHANNELS, probes, strict=True)}
+
+    async def opened(at: int) -> bool:
+        held = Relay("k1", {"transport": "tcp", "ip": "127.0.0.1", **numbers})
+        try:
+            await cancelled_at(held.open(), at)
+        except asyncio.CancelledError:
+            return False
+        finally:
+            held.close()
+            for _ in range(3):
+                await asyncio.sleep(0)
+        return True
+
+    at = 1
+    while not await runtime().call(opened(at)):
+        at += 1
+    assert at > len(CHANNELS)
+
+
+async def test_clients_that_wait_to_be_admitted_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any user of the machine can connect, and each connection is a file of this process."""
+    monkeypatch.setattr(relay_module, "MOST_WAITING", 2)
+    slow = threading.Event()
+    monkeypatch.setattr(relay_module, "peer_uid", lambda *addresses: os.getuid() if slow.wait(10) else None)
+    held = Relay("k1", {"transport": "tcp", "ip": "127.0.0.1"})
+    await runtime().call(held.open())
+    came = [await asyncio.open_connection("127.0.0.1", held.endpoint["shell_port"]) for _ in range(5)]
+    with contextlib.suppress(ConnectionResetError):
+        assert await asyncio.wait_for(came[4][0].read(), 5) == b""
+    slow.set()
+    await until(lambda: len(held.streams) == 2)
+    runtime().loop.call_soon_threadsafe(held.close)
+    for _, writer in came:
+        writer.close()
+    await asyncio.sleep(0.05)
 
 
 async def test_the_last_words_of_a_kernel_arrive(manager: Make) -> None:

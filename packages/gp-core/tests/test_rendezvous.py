@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -135,6 +136,19 @@ async def test_others_are_refused_for_good_and_told_why(
     assert await dialing.receive() is None
     dialing.close()
     assert not known.sessions
+
+
+async def test_a_launcher_that_reads_nothing_keeps_no_session_that_is_closed(
+    server: KernelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rendezvous, "CLOSING", 0.05)
+    assert server.rendezvous is not None
+    session, stuck = Session(server.rendezvous), Mock(spec=asyncio.Transport)
+    stuck.is_closing.return_value, stuck.get_write_buffer_size.return_value = False, 1000
+    session.transport = stuck
+    runtime().loop.call_soon_threadsafe(session.close)
+    await until(lambda: stuck.abort.called)
+    assert stuck.close.called
 
 
 async def test_a_token_serves_one_launcher_only(server: KernelServer, known: Known) -> None:

@@ -315,9 +315,8 @@ class RemoteKernel:
         self.has_ended.set()
         self.tell(Event.EXITED, report.detail or startup.exit_text(code), data={"exit_code": code})
         if self._start is None:
-            self._lingering = asyncio.get_running_loop().call_later(
-                LINGER, lambda: runtime().spawn(self.remove(), name=f"clean-up of kernel {self.info.kernel_id}")
-            )
+            loop = asyncio.get_running_loop()
+            self._lingering = loop.call_later(LINGER, lambda: runtime().spawn(self.dismiss(), name="clean-up"))
 
     def look(self) -> None:
         """Ask the platform from now on, until the launcher is back."""
@@ -407,6 +406,8 @@ class RemoteKernel:
             if self.server.kernels.get(self.info.kernel_id) is self:
                 del self.server.kernels[self.info.kernel_id]
             self._forgotten.set()
+            if self.session is not None:  # it has come back meanwhile, and knows nothing of all this
+                self.session.close("its kernel is removed")
             if not already:
                 self.tell(Event.REMOVED)
 
@@ -422,7 +423,7 @@ class RemoteKernel:
                 return
             except asyncio.TimeoutError:
                 continue
-            except BackendError as error:
+            except Exception as error:  # also of a broken backend: the kernel must be forgotten
                 self.log.warning("kernel %s: its job cannot be ended: %s", self.info.kernel_id, error)
                 return
         self.log.warning("kernel %s: its job did not end in time", self.info.kernel_id)
@@ -434,9 +435,15 @@ class RemoteKernel:
 
     async def abandon(self) -> None:
         """Remove a kernel whose start was confirmed just when the caller gave it up."""
-        if self._start is None and not self._removed:
+        given_up = self.cleaning is not None and not self.cleaning.done()  # by the start itself
+        if self._start is None and not self._removed and not given_up:
             self.cleaning = asyncio.current_task()
             await self.remove(force=True)
+
+    async def dismiss(self) -> None:
+        """Remove a kernel, to the end even if the caller does not wait for it."""
+        self.cleaning = runtime().spawn(self.remove(), name=f"clean-up of kernel {self.info.kernel_id}")
+        await asyncio.shield(self.cleaning)
 
     async def farewell(self) -> None:
         """At the end of the process: forget a kernel that ends just now; leave one that lives to its lease."""

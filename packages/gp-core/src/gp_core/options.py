@@ -225,6 +225,8 @@ def checked(key: str, value: Any, trait: TraitType[Any, Any]) -> Any:
             value = trait.from_string_list([item.strip() for item in value.split(",") if item.strip()])
         elif isinstance(value, str) and not isinstance(trait, Unicode):
             value = trait.from_string(value)
+        elif type(value) in (int, float) and isinstance(trait, Unicode):
+            value = str(value)  # a typed parameter, such as two processors
         return trait._validate(HasTraits(), value)
     except (TraitError, ValueError) as error:
         raise ConfigError(f"{key}: {value!r} is not accepted: {error}") from None

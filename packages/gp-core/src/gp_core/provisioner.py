@@ -116,7 +116,7 @@ class RemoteProvisioner(KernelProvisionerBase, ProvisionerOptions, metaclass=Ker
     async def cleanup(self, restart: bool = False) -> None:
         if self._kernel is not None and not restart:
             kernel, self._kernel, self._reaped = self._kernel, None, True
-            await runtime().call(kernel.remove())
+            await asyncio.shield(runtime().call(kernel.dismiss()))
         self._cleaned_at = time.monotonic()
 
     async def shutdown_requested(self, restart: bool = False) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gp_launchers.ports import PATH_MAX
-from gp_launchers.streams import CHANNELS, IDLE, UNSENT, Stream, Streams
+from gp_launchers.streams import CHANNELS, IDLE, MAX_STREAMS, UNSENT, Stream, Streams
 from gp_launchers.wire import WireError
 
 from .errors import ENDPOINT_TAKEN, TOO_MANY_FILES, ConfigError, LaunchFailed
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SUFFIX = len("-65535")  # of a channel's path at most
 ENOUGH = 128 * 1024  # bytes of one client that wait for the session, until no more are read
+MOST_WAITING = 2 * MAX_STREAMS  # clients of a kernel that are not admitted yet: any user of this machine can connect
 NEWS = 30.0  # seconds between two times that `Relay` tells of its traffic while there is some
 NOTABLE = 64 * 1024  # bytes of traffic that are worth it
 PING = 5.0  # seconds of silence after which a launcher that carries channels pings: a dead path shows within 15
@@ -122,19 +123,25 @@ class Relay:
             if old := self._servers.pop(name, None):
                 stop_listening(old)
             try:
-                self._servers[name] = await self._bound(loop, name)
+                await self._bind(loop, name)
             except OSError as error:
                 raise self._failed(name, error) from None
 
-    async def _bound(self, loop: asyncio.AbstractEventLoop, name: str) -> asyncio.Server:
+    async def _bind(self, loop: asyncio.AbstractEventLoop, name: str) -> None:
+        def client() -> Client:
+            return Client(self, name)
+
+        # kept before it listens, so that it is closed whenever this is cancelled
         if self._ipc:
             self._numbers[name] = self._numbers[name] or CHANNELS.index(name) + 1
-            server = await loop.create_unix_server(lambda: Client(self, name), self._path(name), backlog=128)
+            server = await loop.create_unix_server(client, self._path(name), backlog=128, start_serving=False)
+            self._servers[name] = server
             await blocking(os.chmod, self._path(name), 0o600)
         else:
-            server = await loop.create_server(lambda: Client(self, name), self._ip, self._numbers[name], backlog=128)
+            server = await loop.create_server(client, self._ip, self._numbers[name], backlog=128, start_serving=False)
+            self._servers[name] = server
             self._numbers[name] = server.sockets[0].getsockname()[1]
-        return server
+        await server.start_serving()
 
     def _path(self, name: str) -> str:
         return f"{self._ip}-{self._numbers[name]}"
@@ -268,10 +275,11 @@ class Relay:
         return False
 
     def joined(self, client: Client) -> bool:
-        """Take a new client in, unless the endpoints were closed while it came."""
-        if self._is_open:
+        """Take a new client in, unless the endpoints were closed while it came, or very many wait to be admitted."""
+        welcome = self._is_open and len(self._clients) - len(self.streams) < MOST_WAITING
+        if welcome:
             self._clients.add(client)
-        return self._is_open
+        return welcome
 
     def left(self, client: Client) -> None:
         self._clients.discard(client)
@@ -296,7 +304,8 @@ class Client(asyncio.Protocol):
         transport.set_write_buffer_limits(0)  # what waits there is bounded by the credit
         with contextlib.suppress(OSError):
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        transport.pause_reading()
+        # not at once: Python before 3.11.4 would begin to read all the same
+        asyncio.get_running_loop().call_soon(transport.pause_reading)
         runtime().spawn(self._enter(transport), name="client of a kernel")
 
     async def _enter(self, transport: asyncio.Transport) -> None:

@@ -43,6 +43,7 @@ PING = 30.0  # seconds of silence after which a launcher pings
 SILENT_PINGS = 2.5  # pings that may be missing until a session is taken for broken
 SWEEP = 2.5  # seconds between two looks for such sessions
 MAX_UNSENT = 4 * MAX_FRAME  # bytes that a launcher may leave unread
+CLOSING = 5.0  # seconds for a launcher to take the last words of a session
 TLS_HANDSHAKE = 0x16  # first byte of every TLS connection
 
 
@@ -139,6 +140,8 @@ class Session(asyncio.Protocol):
                 log.info("launcher session of %s closed: %s", self.address, why)
             self._flush()
             self.transport.close()
+            if self.transport.get_write_buffer_size():  # else one that reads nothing would keep it for ever
+                self._rendezvous.loop.call_later(CLOSING, self.transport.abort)
 
     # -- asyncio.Protocol
 
@@ -307,9 +310,13 @@ class Rendezvous:
         made: list[asyncio.Server] = []
         try:
             for host in hosts:  # one by one: with port 0 each would get another port
-                made.append(await self.loop.create_server(lambda: Session(self), host, port, backlog=1024))
+                server = await self.loop.create_server(
+                    lambda: Session(self), host, port, backlog=1024, start_serving=False
+                )
+                made.append(server)
+                await server.start_serving()
                 port = port or int(made[0].sockets[0].getsockname()[1])
-        except OSError:
+        except BaseException:
             for server in made:
                 stop_listening(server)
             raise

@@ -30,7 +30,7 @@ from .errors import (
 from .events import Event
 from .plugins import plugins
 from .protocol import Message
-from .runtime import runtime
+from .runtime import runtime, within
 from .startup import Report
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ class Start:
             return
         host, port = where["ip"], where["shell_port"]
         try:
-            _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), REACH)
+            _, writer = await within(REACH, asyncio.open_connection(host, port))
         except (OSError, asyncio.TimeoutError) as error:
             number = getattr(error, "errno", None)  # asyncio's own text has the address, and no reason
             why = os.strerror(number) if number else str(error) or f"no answer within {REACH:g} s"
