@@ -252,6 +252,15 @@ def test_users_that_no_kernel_may_run_as(
         used.do(used.manager.start_kernel())
 
 
+def test_who_logs_in_is_no_exception(
+    as_user: Callable[..., Any], other: pwd.struct_passwd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GP_REMOTE_USER", "root")
+    monkeypatch.setenv("GP_UNAUTHORIZED_USERS", "nobody")
+    with pytest.raises(LaunchFailed, match="UserProhibited"), as_user("root") as used:
+        used.do(used.manager.start_kernel())
+
+
 def test_a_user_whose_number_is_prohibited(as_user: Callable[..., Any], other: pwd.struct_passwd) -> None:
     with (
         pytest.raises(LaunchFailed, match="UserProhibited"),
@@ -264,10 +273,11 @@ def test_a_user_whose_number_is_prohibited(as_user: Callable[..., Any], other: p
 # -- other hosts
 
 
-@pytest.mark.parametrize("host", ["h2", "h3"])
-def test_a_host_behind_others(kernel: Callable[..., Any], host: str, connector: str) -> None:
+@pytest.mark.parametrize("host", ["h2", "h3", "h6"])
+def test_a_host_behind_others(kernel: Callable[..., Any], sshd: Sshd, host: str, connector: str) -> None:
     with kernel(host, connector=connector) as used:
         assert "42" in used.run("6 * 7")
+    sshd.kill_sessions()  # what ProxyCommand has started ends with its connection
 
 
 def test_a_kernel_that_was_discovered(kernel: Callable[..., Any], installation: Installation) -> None:

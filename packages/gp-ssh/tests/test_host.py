@@ -123,6 +123,27 @@ def test_a_launcher_is_started_looked_at_and_ended(home: Path, request_: LaunchR
     runtime().submit(life()).result(60)
 
 
+def test_a_launcher_that_ended_at_once_does_not_run(home: Path) -> None:
+    async def ask() -> None:
+        host = RemoteHost(Here(home), sys.executable)  # type: ignore[arg-type]
+        note = {"kernel_id": "k1", "pid": 2**22 + 1, "started": None, "boot": far.boot_id(), "host": "h", "ours": True}
+        assert not await host.runs(note)
+        assert (await host.ask("kill", {"note": note, "signal": int(signal.SIGTERM)}))["gone"]
+
+    runtime().submit(ask()).result(30)
+
+
+def test_starts_that_come_together_ask_once_whether_a_host_can_dial(home: Path) -> None:
+    async def ask() -> None:
+        line: Any = Here(home)
+        host = RemoteHost(line, sys.executable)
+        nowhere = [("127.0.0.1", 1), ("127.0.0.1", 2)]
+        assert await asyncio.gather(*(host.reaches(nowhere) for _ in range(20))) == [False] * 20
+        assert line.questions == 2, "with the first visit"
+
+    runtime().submit(ask()).result(30)
+
+
 def test_many_questions_travel_together_and_one_error_is_one_answer(home: Path) -> None:
     async def life() -> None:
         line: Any = Here(home)

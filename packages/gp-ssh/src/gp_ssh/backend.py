@@ -37,7 +37,7 @@ from gp_core.trial import trial_listener
 from gp_launchers.options import addresses
 
 from .checks import checked_host
-from .connection import ConnectionFailed
+from .connection import NOT_ADMITTED, ConnectionFailed
 from .host import RemoteHost, ask_all, known, load_of
 from .hosts import USER, Client, Entry, entries
 from .limits import limited
@@ -74,27 +74,30 @@ class SshBackend(SshOptions, Backend):
         file_name(request.kernel_id)  # over there, too
         if (request.impersonate or USERNAME in self.remote_user) and not USER.fullmatch(request.user):
             raise LaunchDenied(f"kernel {request.kernel_id}: {request.user!r} cannot be a user of a host")
-        failures: list[str] = []
+        failures: list[BackendError] = []
         able = entries(self.remote_hosts, self.host_selector)
         while able:
             entry = await self._chosen(able, request)
             try:
                 handle = await self._start(entry, request)
-            except BackendError as error:
+            except BaseException as error:
                 known().ledger.ended(request.kernel_id)
+                if not isinstance(error, BackendError):
+                    raise
                 if getattr(error, "of_host", True):
                     known().ledger.failed(entry.text, time.monotonic())
-                failures.append(str(error))
-                if len(self.remote_hosts) == 1 and isinstance(error, ConnectionFailed):
-                    raise error.as_failure(request.kernel_id) from None
+                failures.append(error)
                 request.progress(f"not on {entry.text}: {str(error).splitlines()[0]}")
                 self.log.warning("kernel %s: %s", request.kernel_id, str(error).splitlines()[0])
                 del able[entry.text]
             else:
                 known().ledger.ok(entry.text)
                 return handle
+        typed = [error for error in failures if isinstance(error, ConnectionFailed)]
+        if len(typed) == len(failures) and (len(typed) == 1 or _say_the_same_of_the_user(typed)):
+            raise typed[0].as_failure(request.kernel_id)
         text = f"kernel {request.kernel_id} found no host to run on"
-        raise LaunchFailed(text, reason=NO_HOST, log="\n".join(failures))
+        raise LaunchFailed(text, reason=NO_HOST, log="\n".join(map(str, failures)))
 
     async def _chosen(self, able: Mapping[str, Entry], request: LaunchRequest) -> Entry:
         algorithm, ledger = self.load_balancing_algorithm, known().ledger
@@ -116,8 +119,9 @@ class SshBackend(SshOptions, Backend):
 
     async def _start(self, entry: Entry, request: LaunchRequest) -> Handle:
         handle: Handle = {"kernel_id": request.kernel_id, **self._place(entry, request.user)}
-        if request.impersonate and handle.get("login") != request.user:
-            handle["user"] = request.user
+        by_name = "login" in handle and USERNAME in self.remote_user
+        if request.impersonate and not by_name:
+            handle["user"] = request.user  # by sudo, which may refuse, even if it is who logs in
         host = await self._host_of(handle)
         first = ""
         try:
@@ -129,11 +133,13 @@ class SshBackend(SshOptions, Backend):
                 self.kernel_command(request.argv),
                 self.installation,
                 dial_first=first,
-                own_choice="user" in handle or ("login" in handle and USERNAME in self.remote_user),
+                own_choice=request.impersonate or by_name,
             )
             return handle
-        except BaseException:
+        except BaseException as error:
             host.release(request.kernel_id)
+            if isinstance(error, ConnectionFailed) and error.reason is NOT_ADMITTED and by_name:
+                error.of_host = False  # others are let in
             raise
 
     async def _calls_through_ssh(self, host: RemoteHost, request: LaunchRequest) -> bool:
@@ -227,6 +233,10 @@ class SshBackend(SshOptions, Backend):
         users = [{name: handle[name] for name in PLACE if name in handle} for handle in await self.recorded()]
         places = {tuple(place.items()): place for place in (*own, *users)}.values()
         return await ask_all([(place, self._host_of(place)) for place in places], question, asked)
+
+
+def _say_the_same_of_the_user(failures: Sequence[ConnectionFailed]) -> bool:
+    return len({error.reason for error in failures}) == 1 and not any(error.of_host for error in failures)
 
 
 @hookimpl

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
+import re
 import socket
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 
 import paramiko
+from paramiko.hostkeys import InvalidHostKey
 
 from gp_core import BackendError, Reason
 
@@ -23,8 +29,11 @@ from .connection import (
     Connection,
     ConnectionFailed,
     Listener,
+    Unanswered,
 )
-from .hosts import Target
+from .hosts import Entry, Target
+
+log = logging.getLogger(__name__)
 
 
 def _reason_of(error: paramiko.SSHException) -> Reason:
@@ -48,13 +57,18 @@ class ParamikoConnection(Connection):
         self._arrivals: dict[int, Callable[[paramiko.Channel], object]] = {}
         self._client = client = paramiko.SSHClient()
         client.set_missing_host_key_policy(paramiko.RejectPolicy())
+        self._proxy: Proxy | None = None
         for path in target.known_hosts:
-            with contextlib.suppress(OSError):
+            try:
                 client.load_system_host_keys(path)  # read, and never written
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError, InvalidHostKey) as error:
+                log.warning("%s is read no further, hosts may seem to be unknown: %s", path, error)
         try:
             self._open(client)
         except BaseException:
-            client.close()
+            self.close()
             raise
 
     @property
@@ -75,7 +89,7 @@ class ParamikoConnection(Connection):
         try:
             client.connect(
                 target.host_key_name or target.hostname,
-                port=target.port,
+                port=22 if target.host_key_name else target.port,  # with `sock` only for known_hosts, as ssh does
                 username=target.user,
                 password=target.client.password(),
                 sock=self._socket(),
@@ -97,19 +111,21 @@ class ParamikoConnection(Connection):
             text = f"{target.name} does not let {target.user} in: {str(error).partition(';')[0]}{wanted}"
             raise ConnectionFailed(text, NOT_ADMITTED) from None
         except paramiko.SSHException as error:
-            raise ConnectionFailed(f"{target.name}: {error}", _reason_of(error)) from None
+            said = self._proxy.said() if self._proxy is not None else ""
+            raise ConnectionFailed(f"{target.name}: {said or error}", _reason_of(error)) from None
         except (OSError, EOFError) as error:
             text = f"{target.name} ({target.hostname} port {target.port}): {getattr(error, 'strerror', None) or error}"
             raise ConnectionFailed(text, UNREACHABLE) from None
         self.transport.set_keepalive(int(UNANSWERED / 3))
 
-    def _socket(self) -> paramiko.Channel | paramiko.ProxyCommand | socket.socket:
+    def _socket(self) -> paramiko.Channel | socket.socket:
         target = self.target
         if self.through is not None:
             there = (target.hostname, target.port)
             return self.through.transport.open_channel("direct-tcpip", there, ("127.0.0.1", 0), timeout=target.timeout)
         if target.proxy_command:
-            return paramiko.ProxyCommand(target.proxy_command)
+            self._proxy = Proxy(target)
+            return self._proxy.socket
         made = socket.create_connection((target.hostname, target.port), target.timeout)
         made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -131,8 +147,9 @@ class ParamikoConnection(Connection):
                     raise TimeoutError
                 return Answer(channel.recv_exit_status(), output, errors)
         except (paramiko.SSHException, OSError, EOFError) as error:
-            text = f"{self.target.name} did not answer within {timeout:g} s" if isinstance(error, TimeoutError) else ""
-            raise ConnectionFailed(text or f"{self.target.name}: {error}", UNREACHABLE) from None
+            if isinstance(error, TimeoutError):
+                raise Unanswered(self.target.name, timeout) from None
+            raise ConnectionFailed(f"{self.target.name}: {error}", UNREACHABLE) from None
 
     def check(self) -> None:
         with self._global:
@@ -148,6 +165,12 @@ class ParamikoConnection(Connection):
             raise BackendError(str(error)) from None
         self._arrivals[port] = listener.add
         return port
+
+    def cancel(self, port: int) -> None:
+        self._arrivals.pop(port, None)
+        with contextlib.suppress(BackendError, paramiko.SSHException, OSError, EOFError), self._global:
+            # paramiko's own method forgets the handler of all other ports, too
+            self.transport.global_request("cancel-tcpip-forward", ("127.0.0.1", port), wait=True)
 
     def _arrived(self, channel: paramiko.Channel, origin: object, server: tuple[str, int]) -> None:
         # paramiko knows one handler, whatever the number of ports
@@ -174,3 +197,55 @@ class ParamikoConnection(Connection):
 
     def close(self) -> None:
         self._client.close()
+        if self._proxy is not None:
+            self._proxy.close()
+
+
+class Proxy:
+    """A process whose input and output are the connection: ``ProxyCommand``, run as ssh runs it.
+
+    Paramiko's own fills in nothing, turns in circles at the end of the output, and dies of the terminal's Ctrl-C.
+
+    Args:
+        target: Where the connection goes.
+    """
+
+    def __init__(self, target: Target) -> None:
+        words = {"%": "%", "h": target.hostname, "n": Entry.read(target.name).host}
+        words |= {"p": str(target.port), "r": target.user}
+        command = re.sub("%(.)", lambda found: words.get(found[1], found[0]), target.proxy_command)
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this
+        self.socket, end = socket.socketpair()
+        shell = os.environ.get("SHELL") or "/bin/sh"
+        try:
+            self._process = subprocess.Popen(
+                [shell, "-c", f"exec {command}"],
+                stdin=end.fileno(),
+                stdout=end.fileno(),
+                stderr=self._errors,
+                start_new_session=True,
+            )
+        except OSError:
+            self.socket.close()
+            self._errors.close()
+            raise
+        finally:
+            end.close()
+        threading.Thread(target=self._process.wait, name="gp-ssh proxy", daemon=True).start()  # leaves no zombie
+
+    def said(self) -> str:
+        """Return the last line of what it has complained of."""
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def close(self) -> None:
+        """End it."""
+        self.socket.close()
+        self._process.terminate()
+        try:
+            self._process.wait(2.0)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()

@@ -6,7 +6,6 @@ person has opened by hand and shares by ``ControlPath`` is used as it is, and le
 
 from __future__ import annotations
 
-import contextlib
 import re
 import subprocess
 import tempfile
@@ -26,6 +25,7 @@ from .connection import (
     Connection,
     ConnectionFailed,
     Listener,
+    Unanswered,
 )
 from .hosts import Target
 
@@ -107,8 +107,7 @@ class SshConnection(Connection):
             try:
                 done = self._ssh(*SESSION, "-S", self._path, *self.target.by_ssh, COMMAND, asked=asked, until=deadline)
             except subprocess.TimeoutExpired:
-                text = f"{self.target.name} did not answer within {timeout:g} s"
-                raise ConnectionFailed(text, UNREACHABLE) from None
+                raise Unanswered(self.target.name, timeout) from None
             if done.returncode != 255:
                 return Answer(done.returncode, done.stdout, done.stderr)
             if not REFUSED.search(done.stderr) or time.monotonic() > deadline - 0.1 or not self.is_open:
@@ -122,20 +121,25 @@ class SshConnection(Connection):
     def forward(self, port: int, listener: Listener) -> int:
         host, there = listener.address
         end = f"[{host}]:{there}" if ":" in host else f"{host}:{there}"
-        done = self._control("forward", "-R", f"127.0.0.1:{port}:{end}")
+        wanted = f"127.0.0.1:{port}:{end}"
+        done = self._control("forward", "-R", wanted)
         if done.returncode:
+            if self._control("check").returncode:
+                self._lost = True  # of one that a person has opened, nobody else tells
+                raise ConnectionFailed(f"the connection to {self.target.name} is lost", UNREACHABLE)
             raise BackendError(done.stderr.decode(errors="replace").strip() or "no reason is told")
-        port = port or int(done.stdout)
-        self._forwarded.append(f"127.0.0.1:{port}:{end}")
-        return port
+        self._forwarded.append(wanted)  # in these words it is cancelled, too
+        return port or int(done.stdout)
+
+    def cancel(self, port: int) -> None:
+        pass  # ssh cannot tell two ports from each other that were asked for as any
 
     def close(self) -> None:
         """End it, and what goes through it; one that a person has opened stays."""
         self._lost = True
         if self._master is None:
             for forwarded in self._forwarded:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._control("cancel", "-R", forwarded)
+                self._control("cancel", "-R", forwarded)
             return
         self._master.terminate()
         try:
@@ -148,7 +152,11 @@ class SshConnection(Connection):
         self._folder.cleanup()
 
     def _control(self, word: str, *more: str) -> subprocess.CompletedProcess[bytes]:
-        return self._ssh("-O", word, "-S", self._path, *more, *self.target.by_ssh, until=time.monotonic() + UNANSWERED)
+        argv = ("-O", word, "-S", self._path, *more, *self.target.by_ssh)
+        try:
+            return self._ssh(*argv, until=time.monotonic() + UNANSWERED)
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(argv, 255, b"", b"the connection's own ssh does not answer")
 
     @staticmethod
     def _ssh(*argv: str, until: float, asked: bytes = b"") -> subprocess.CompletedProcess[bytes]:

@@ -52,6 +52,18 @@ class ConnectionFailed(BackendError):
         return LaunchFailed(f"kernel {kernel_id}: {self.text}", reason=self.reason)
 
 
+class Unanswered(ConnectionFailed):
+    """An answer did not come in time; the connection may be as good as ever.
+
+    Args:
+        name: Of the host.
+        timeout: Seconds.
+    """
+
+    def __init__(self, name: str, timeout: float) -> None:
+        super().__init__(f"{name} did not answer within {timeout:g} s", UNREACHABLE)
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a command on the host wrote, and its exit code (-1: a signal)."""
@@ -98,7 +110,8 @@ class Connection(ABC):
             timeout: Seconds.
 
         Raises:
-            ConnectionFailed: The connection is lost, or the answer did not come in time.
+            ConnectionFailed: The connection is lost.
+            Unanswered: The answer did not come in time.
         """
 
     @abstractmethod
@@ -122,6 +135,14 @@ class Connection(ABC):
 
         Raises:
             BackendError: The host does not allow it, or the port is taken.
+        """
+
+    @abstractmethod
+    def cancel(self, port: int) -> None:
+        """Let a forwarded port go, if that can be done; otherwise it goes with the connection.
+
+        Args:
+            port: Of the host.
         """
 
     @abstractmethod

@@ -49,7 +49,8 @@ def started(pid: int) -> int | None:
 
 
 def is_there(note: Request) -> bool:
-    return bool(note["boot"] == boot_id() and started(note["pid"]) == note["started"])
+    began = note["started"]  # None: it had ended before this could be told
+    return bool(note["boot"] == boot_id() and began is not None and started(note["pid"]) == began)
 
 
 def note_path(installation: str, kernel_id: str) -> str:
@@ -224,8 +225,11 @@ def kill(request: Request, more: bytes) -> Request:
     note, number = request["note"], request["signal"]
     ends = number in (signal.SIGTERM, signal.SIGKILL)
     if note.get("ours", True) or not ends:
-        if is_there(note):
-            os.kill(note["pid"], number)
+        try:
+            if is_there(note):
+                os.kill(note["pid"], number)
+        except ProcessLookupError:
+            pass
     elif note["boot"] == boot_id() and started(note["pid"]) in (None, note["started"]):
         try:
             os.killpg(note["pid"], number)

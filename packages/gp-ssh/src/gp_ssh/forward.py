@@ -63,6 +63,13 @@ class Forward:
                 raise BackendError(f"{connection.target.name} does not forward connections{where}: {error}") from None
             self._attached = connection
 
+    def detach(self) -> None:
+        """Let the port go; blocks."""
+        with self._attaching:
+            if self._attached is not None:
+                self._attached.cancel(self.port)
+                self._attached = None
+
     def add(self, channel: paramiko.Channel) -> None:
         """Carry a connection that has come in, from any thread; never called if ssh carries by itself."""
         with self._beginning:
@@ -70,7 +77,7 @@ class Forward:
         self._carrier.add(channel)
 
     def close(self) -> None:
-        """End all connections; the port goes with the ssh connection."""
+        """End all connections."""
         if self._carrier is not None:
             self._carrier.close()
 
@@ -82,6 +89,7 @@ class _Pair:
         self.channel, self.peer = channel, peer
         self.arrived = channel.fileno()  # readable when the channel is
         self.to_channel, self.to_peer = bytearray(), bytearray()
+        self.ended = False  # by our listener, whose last words may still wait
 
     def close(self) -> None:
         with contextlib.suppress(Exception):
@@ -148,16 +156,19 @@ class Carrier:
                 self._end(pair)
 
     def _begin(self, channel: paramiko.Channel) -> None:
+        peer = None
         try:
             peer = socket.create_connection(self._listener, 2.0)  # of this machine: it answers at once or never
+            peer.setblocking(False)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            channel.settimeout(0.0)
+            pair = _Pair(channel, peer)
         except OSError as error:
             log.warning("a launcher calls through ssh; our listener at %s port %d: %s", *self._listener, error)
             channel.close()
+            if peer is not None:
+                peer.close()
             return
-        peer.setblocking(False)
-        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        channel.settimeout(0.0)
-        pair = _Pair(channel, peer)
         self._pairs.add(pair)
         self._watch(pair)
 
@@ -169,10 +180,9 @@ class Carrier:
             while pair.to_peer:
                 del pair.to_peer[: pair.peer.send(pair.to_peer)]
         with contextlib.suppress(BlockingIOError):
-            while len(pair.to_channel) < ENOUGH:
+            while len(pair.to_channel) < ENOUGH and not pair.ended:
                 piece = pair.peer.recv(PIECE)
-                if not piece:
-                    raise EOFError("by our listener")
+                pair.ended = not piece
                 pair.to_channel += piece
         with contextlib.suppress(TimeoutError):
             while pair.to_channel:
@@ -180,13 +190,15 @@ class Carrier:
                 if not count:
                     raise EOFError("by the launcher")
                 del pair.to_channel[:count]
+        if pair.ended and not pair.to_channel:
+            raise EOFError("by our listener")
         if not pair.to_peer and (pair.channel.closed or pair.channel.eof_received) and not pair.channel.recv_ready():
             raise EOFError("by the launcher")
         self._watch(pair)
 
     def _watch(self, pair: _Pair) -> None:
         self._want(pair.arrived, selectors.EVENT_READ if len(pair.to_peer) < ENOUGH else 0, pair)
-        reading = selectors.EVENT_READ if len(pair.to_channel) < ENOUGH else 0
+        reading = selectors.EVENT_READ if len(pair.to_channel) < ENOUGH and not pair.ended else 0
         self._want(pair.peer.fileno(), reading | (selectors.EVENT_WRITE if pair.to_peer else 0), pair)
 
     def _want(self, end: int, events: int, pair: _Pair | None = None) -> None:

@@ -97,6 +97,7 @@ class RemoteHost:
         self._python = python
         self._questions = Questions(line, user)
         self._reached: dict[tuple[tuple[str, int], ...], bool] = {}
+        self._reaching: dict[tuple[tuple[str, int], ...], Shared[dict[str, Any]]] = {}
         self.look = Shared(self._look)  #: goes there in any case
         self._load = (-math.inf, math.inf)  # when it was asked for, and what it was
         self._ask_load = Shared(lambda: self.ask("load", {}))
@@ -131,8 +132,9 @@ class RemoteHost:
     async def reaches(self, addresses: Sequence[tuple[str, int]]) -> bool:
         """Whether a launcher there could dial one of the server's addresses; asked once."""
         key = tuple(addresses)
-        if key not in self._reached:
-            self._reached[key] = bool((await self.ask("reach", {"addresses": list(key)}))["reached"])
+        if key not in self._reached:  # one question for all that start now: each may take seconds for an address
+            asked = self._reaching.setdefault(key, Shared(lambda: self.ask("reach", {"addresses": list(key)})))
+            self._reached[key] = bool((await asked())["reached"])
         return self._reached[key]
 
     async def load(self) -> float:
@@ -205,6 +207,7 @@ class RemoteHost:
                 raise ConnectionFailed(
                     f"no kernel may run as {self.user or self.line.target.user} of {self.name}: {answer['prohibited']}",
                     DENIED,
+                    of_host=False,
                 )
             if "note" in answer:
                 note: dict[str, Any] = answer["note"]
@@ -284,12 +287,15 @@ class RemoteHost:
         while True:
             await asyncio.sleep(pause)
             if not forward.callers:
-                break
+                await blocking(forward.detach)
+                if not forward.callers:  # else somebody came meanwhile
+                    break
             try:
                 await blocking(forward.attach, await self.line.checked())
                 pause = LOOK if pause <= LOOK else SHORTEST
-            except BackendError as error:
-                log.debug("the way back from %s: %s", self.name, error)
+            except Exception as error:  # whatever it is, kernels call back this way
+                level = logging.DEBUG if isinstance(error, BackendError) else logging.WARNING
+                log.log(level, "the way back from %s: %s", self.name, error)
                 pause = min(2 * pause, LONGEST)
         del self._forwards[key]
         forward.close()

@@ -139,7 +139,7 @@ class Target:
         identity_files: Private keys to try, if they exist.
         identities_only: Ask no agent for others.
         known_hosts: Files with host keys.
-        host_key_name: What the host is called in them.
+        host_key_name: What the host is called in them, whatever its port; empty: as usual.
         proxy_jump: ``user@host:port`` of the host to go through; empty: none.
         proxy_command: Command whose input and output are the connection; empty: none.
         timeout: Seconds to connect.
@@ -189,7 +189,7 @@ async def resolve(entry: Entry, client: Client) -> Target:
 
 
 def _defaults(entry: Entry) -> dict[str, Any]:
-    return {"known_hosts": (str(Path.home() / ".ssh/known_hosts"),), "host_key_name": entry.host}
+    return {"known_hosts": (str(Path.home() / ".ssh/known_hosts"),)}
 
 
 def _target(entry: Entry, output: str) -> Target:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
-from gp_core import blocking
+from gp_core import BackendError, blocking
+from gp_core.runtime import runtime
 
 from .by_paramiko import ParamikoConnection
 from .by_ssh import SshConnection
-from .connection import UNANSWERED, UNREACHABLE, Answer, Connection, ConnectionFailed
+from .connection import UNANSWERED, UNREACHABLE, Answer, Connection, ConnectionFailed, Unanswered
 from .hosts import Client, Entry, Target, resolve
 
 T = TypeVar("T")
@@ -107,6 +109,7 @@ class Line:
         self._through = through
         self._connection: Connection | None = None
         self._connecting = Shared(self._connect)
+        self._doubt = Shared(self._look_at)
         self._channels = asyncio.Semaphore(CHANNELS)
         self._used = 0.0
 
@@ -158,14 +161,21 @@ class Line:
             raise ConnectionFailed(f"{self.target.name} does not answer", UNREACHABLE) from None
         return connection
 
+    async def _look_at(self) -> None:
+        with contextlib.suppress(BackendError):  # it is closed then
+            await self.checked()
+
     async def run(self, line: str, data: bytes = b"", *, timeout: float = 20.0) -> Answer:
         """Let ``/bin/sh`` of the host run a line; see `Connection.run`."""
         async with self._channels:
             connection = await self.connection()
             try:
                 return await blocking(connection.run, line, data, timeout)
+            except Unanswered:  # by one user's home perhaps, or by a host that hangs, whose connections stay open
+                runtime().spawn(self._doubt(), name=f"look at the connection to {self.target.name}")
+                raise
             except ConnectionFailed:
-                if connection is self._connection:  # a host that hangs keeps its connections open for ever
+                if connection is self._connection:
                     self.close()
                 raise
 

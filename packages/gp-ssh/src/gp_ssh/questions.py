@@ -93,8 +93,7 @@ class Questions:
 
     def _read(self, answer: dict[str, Any]) -> dict[str, Any]:
         if "error" in answer:
-            name = self.line.target.name
-            raise BackendError(f"{name}: {answer['error']} [{FAR_FAILED.code}]\n{FAR_FAILED.advice}")
+            raise ConnectionFailed(f"{self.line.target.name}: {answer['error']}", FAR_FAILED, of_host=not self.user)
         return answer
 
     async def _answers(
