@@ -142,6 +142,19 @@ def test_images_of_all_sorts(
             assert "OSError" in used.run("open('/work/x', 'w')")
 
 
+def test_a_link_of_an_image_leads_no_mount_to_the_launcher(boxed: Boxed, engine: Engine) -> None:
+    """Else the engine would give the folder that is mounted there to the kernel's user."""
+    image = engine.image("link", "RUN ln -s /.gp/kernel /m")
+    with (
+        boxed(start=False, image_name=image, volumes=["gp-test-link:/m"]) as used,
+        pytest.raises(LaunchFailed, match="something is mounted"),
+    ):
+        used.do(used.manager.start_kernel())
+    with engine.client() as client:
+        wait_until(lambda: not client.containers(all=True, filters={"volume": "gp-test-link"}), 15)
+        client.remove_volume("gp-test-link")
+
+
 def test_a_killed_and_a_starved_kernel(boxed: Boxed, engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     with boxed(memory="256Mi") as used:

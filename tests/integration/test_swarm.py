@@ -110,6 +110,23 @@ def test_why_a_kernel_does_not_start(kernel: Boxed, config: dict[str, Any], reas
         assert reason is None or re.search(rf"\[({reason})\]", text), text
 
 
+def test_networks_of_services(kernel: Boxed, swarm: Swarm) -> None:
+    with swarm.manager.client() as client:
+        host = client.inspect_network("host")["Id"]
+        made = client.create_network("gp-test", driver="overlay")["Id"]
+    try:
+        with kernel(start=False, networks=[host[:12]]) as used, pytest.raises(GPError, match="its node's own"):
+            used.do(used.manager.start_kernel())
+        with kernel(networks=["gp-test"]) as used, swarm.manager.client() as client:
+            assert "42" in used.run("6 * 7")
+            (service,) = client.services(filters={"label": "kernel_id"})
+            assert [one["Target"] for one in service["Spec"]["TaskTemplate"]["Networks"]] == [made]
+    finally:
+        with swarm.manager.client() as client:
+            wait_until(lambda: not client.tasks(filters={"label": "kernel_id"}), 30)
+            client.remove_network(made)
+
+
 def test_a_kernel_goes_on_elsewhere_when_its_node_dies(kernel: Boxed, swarm: Swarm) -> None:
     worker = swarm.engines[1]
     with contextlib.ExitStack() as stack:

@@ -119,8 +119,11 @@ def test_what_may_not_be_mounted(volume: str, allowed: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "volume",
-    ["", "data", "data:relative", "../x:/mnt", "/srv/../etc:/mnt", "/srv:/", "/srv:/.gp", "/srv:/m:rw,z", "a\nb:/mnt"],
-)
+    [
+        "", "data", "data:relative", "../x:/mnt", "/srv/../etc:/mnt", "/srv:/", "x://", "/srv:/.gp", "x://.gp",
+        "/srv:/.gp/kernel", "data:/a/../.gp/kernel/home", "/srv:/m:rw,z", "a\nb:/mnt",
+    ],
+)  # fmt: skip
 def test_what_is_no_mount(volume: str) -> None:
     with pytest.raises(ConfigError, match="volumes"):
         container.mounts_of(backend(volumes=[volume], allowed_volumes=["/srv"]), request())
@@ -195,8 +198,10 @@ def test_little_is_allowed_by_default() -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"memory": "-1"}, {"memory": "0"}, {"cpus": "many"}, {"shm_size": "$(id)"}, {"gpus": "all;rm"},
-        {"tmpfs": ["/"]}, {"tmpfs": ["x"]}, {"tmpfs": ["/x:a b"]}, {"ulimits": {"nofile": "x"}},
+        {"memory": "-1"}, {"memory": "0"}, {"cpus": "many"}, {"cpus": "0"}, {"cpus": "0.1n"},
+        {"shm_size": "$(id)"}, {"gpus": "all;rm"},
+        {"tmpfs": ["/"]}, {"tmpfs": ["/.gp/kernel"]}, {"tmpfs": ["x"]}, {"tmpfs": ["/x:a b"]},
+        {"ulimits": {"nofile": "x"}},
         {"ulimits": {"A=b": 1}},
     ],
 )  # fmt: skip

@@ -15,13 +15,16 @@ import pytest
 from docker.errors import APIError
 from requests import ConnectionError as NoConnection
 
-from gp_core import State
+from gp_core import LaunchDenied, LaunchFailed, State
 from gp_core.errors import ConfigError
 from gp_core.runtime import runtime
+from gp_docker import engine as engine_module
+from gp_docker.backend import DockerBackend
 from gp_docker.connection import Endpoint, endpoint
 from gp_docker.engine import Engine
+from gp_docker.images import present
 from gp_docker.reasons import EngineUnreachable, Refused
-from gp_docker.swarm import SwarmBackend
+from gp_docker.swarm import SwarmBackend, _network
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -120,6 +123,106 @@ def test_a_hanging_engine_does_not_delay_another(engine: Engine, client: Client)
         return took
 
     assert run(both()) < 2
+
+
+def test_calls_that_were_given_up_still_count(engine: Engine, client: Client) -> None:
+    """They have their threads until the engine answers; others need some, too."""
+    let_go, begun = threading.Event(), []
+
+    def hang(client: Client) -> None:
+        begun.append(1)
+        let_go.wait(20)
+
+    async def many() -> None:
+        for _ in range(3):
+            calls = (engine.do(hang, patience=0.2) for _ in range(20))
+            await asyncio.gather(*calls, return_exceptions=True)
+
+    run(many())
+    assert len(begun) == engine_module.MOST
+    let_go.set()
+    assert run(engine.status("c1")).state is State.RUNNING
+    assert len(begun) == engine_module.MOST, "nor are they made up for when nobody waits any more"
+
+
+def test_what_is_made_too_late_is_undone(engine: Engine, client: Client) -> None:
+    let_go, undone = threading.Event(), []
+
+    def make(client: Client) -> str:
+        let_go.wait(10)
+        return "made"
+
+    with pytest.raises(EngineUnreachable):
+        run(engine.do(make, patience=0.1, undo=lambda client, made: undone.append(made)))
+    let_go.set()
+    deadline = time.monotonic() + 5
+    while not undone:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert run(engine.do(lambda client: "x", undo=lambda client, made: undone.append(made))) == "x"
+    assert undone == ["made"]
+
+
+def test_an_engine_that_hangs_is_asked_for_events_once(
+    engine: Engine, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "OPENED", 0.01)
+    monkeypatch.setattr(engine_module, "LINGER", 0.02)
+    let_go, asked = threading.Event(), []
+
+    def events(**how: Any) -> Any:
+        asked.append(how)
+        let_go.wait(10)
+        raise NoConnection("at last")
+
+    client.events = events  # type: ignore[method-assign]
+
+    async def watch() -> None:
+        for _ in range(5):
+            async with engine.changes("c1") as changes:
+                await changes.next(0.05)
+            await asyncio.sleep(0.3)
+
+    run(watch())
+    let_go.set()
+    assert len(asked) == 1
+
+
+def test_a_pull_that_hangs_is_not_waited_for_twice(engine: Engine, client: Client) -> None:
+    let_go, pulls = threading.Event(), []
+
+    def pull(name: str, **how: Any) -> list[dict[str, Any]]:
+        pulls.append(name)
+        let_go.wait(10)
+        return []
+
+    def none(name: str) -> None:
+        raise api_error(404, "No such image")
+
+    client.inspect_image, client.pull, client.reload_config = none, pull, lambda: None  # type: ignore[attr-defined]
+    how: Any = {"policy": "missing", "platform": "", "timeout": 0.1, "kernel_id": "k1", "progress": str}
+    for _ in range(2):
+        with pytest.raises(LaunchFailed, match="PullTimeout"):
+            run(present(engine, "python:3.12", **how))
+    let_go.set()
+    assert len(pulls) == 2
+
+
+def test_whoever_has_started_nothing_finds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers of others have no label of an installation, or one of theirs."""
+    for backend in (DockerBackend, SwarmBackend):
+        monkeypatch.setattr(backend, "installation", "")
+        assert run(backend(engine="unix:///none").discover()) == []
+
+
+def test_services_are_in_no_network_of_their_node() -> None:
+    def network(scope: str, driver: str) -> Any:
+        return Mock(inspect_network=Mock(return_value={"Id": "n1", "Scope": scope, "Driver": driver}))
+
+    for scope, driver in (("local", "host"), ("swarm", "host"), ("local", "bridge")):
+        with pytest.raises(LaunchDenied, match="not for services"):
+            _network(network(scope, driver), "3f", "k1")
+    assert _network(network("swarm", "overlay"), "net", "k1") == "n1"
 
 
 def test_it_is_connected_to_again(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,13 +68,25 @@ def test_how_far_a_pull_is() -> None:
         ("pull access denied for x, repository does not exist", reasons.PULL_DENIED),
         ("Get https://r/v2/: dial tcp 127.0.0.1:5000: connect: connection refused", reasons.REGISTRY_UNREACHABLE),
         ("manifest unknown: manifest unknown", reasons.IMAGE_NOT_FOUND),
+        ('Credentials store docker-credential-pass exited with "not initialized".', reasons.PULL_DENIED),
         ("network nowhere not found", reasons.NO_SUCH_NETWORK),
         ("unable to find user bob: no matching entries in passwd file", reasons.NO_SUCH_USER),
         ("something new", reasons.BAD_OPTION),
     ],
 )
 def test_what_an_engine_says(said: str, reason: object) -> None:
-    assert reasons.reason_of(said, reasons.BAD_OPTION) is reason
+    assert reasons.reason_of(said, reasons.BAD_OPTION, pulling=True) is reason
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "error while creating mount source path '/nfs/ada': mkdir /nfs/ada: permission denied",
+        "failed to initialize logging driver: dial tcp 10.0.0.1:514: connect: connection refused",
+    ],
+)
+def test_what_was_denied_is_no_registry_unless_an_image_is_pulled(said: str) -> None:
+    assert reasons.reason_of(said, reasons.BAD_OPTION) is reasons.BAD_OPTION
 
 
 @pytest.mark.parametrize(

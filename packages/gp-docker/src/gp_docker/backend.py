@@ -103,7 +103,7 @@ class DockerBackend(DockerOptions, OnEngine):
 
         try:
             made = await self._created(where, request, str(body["name"]), create)
-            await self._start(where, request, made, user)
+            await self._start(where, request, made, user, mounts=bool(config.get("binds")))
         except BaseException:
             # in the background: the engine may have died just now, and its answer with it
             runtime().spawn(where.remove_all(f"gp.launch={nonce}"), name=f"clean-up of kernel {request.kernel_id}")
@@ -122,7 +122,7 @@ class DockerBackend(DockerOptions, OnEngine):
         deadline = time.monotonic() + CLEARED
         while True:
             try:
-                return await where.do(create, patience=BUSY)
+                return await where.do(create, patience=BUSY, undo=_removed)
             except Refused as error:
                 former = await where.status(name) if error.status == 409 else None
                 if former is None or former.state is not State.GONE or time.monotonic() > deadline:
@@ -130,11 +130,15 @@ class DockerBackend(DockerOptions, OnEngine):
                 await where.remove(name)  # of the same kernel, which has ended
                 await asyncio.sleep(0.05)
 
-    async def _start(self, where: Engine, request: LaunchRequest, made: str, user: container.User) -> None:
+    async def _start(
+        self, where: Engine, request: LaunchRequest, made: str, user: container.User, *, mounts: bool
+    ) -> None:
         below = container.BASE if self.read_only else ""
         data = await blocking(container.files, request, user, below=below)
 
         def start(client: APIClient) -> None:
+            if mounts and _has(client, made, container.OWN):  # by a link of the image: its owner would be changed
+                raise Refused(400, f"something is mounted at {container.OWN}, where the launcher is put")
             client.put_archive(made, below or "/", data)
             for network in self.networks[1:]:
                 client.connect_container_to_network(made, network)
@@ -238,6 +242,8 @@ class DockerBackend(DockerOptions, OnEngine):
     async def discover(self, kernel_id: str | None = None) -> list[Handle]:
         where = await engine(self.engine)
         labels = [f"kernel_id={kernel_id}" if kernel_id else "kernel_id"]
+        if kernel_id is None and not self.installation:
+            return []  # one that has never started a kernel: it has none, and what has no label is others'
         told = await where.do(lambda client: client.containers(all=True, filters={"label": labels}))
         return [
             {
@@ -281,6 +287,21 @@ class DockerBackend(DockerOptions, OnEngine):
     @staticmethod
     def _container(handle: Handle) -> str:
         return str(handle.get("container") or f"kernel-{handle['kernel_id']}")
+
+
+def _removed(client: APIClient, made: str) -> None:
+    client.remove_container(made, v=True, force=True)
+
+
+def _has(client: APIClient, made: str, path: str) -> bool:
+    from docker.errors import NotFound
+
+    try:
+        pieces, _ = client.get_archive(made, path)
+    except NotFound:
+        return False
+    pieces.close()
+    return True
 
 
 def _gateway(client: APIClient, network: str) -> str:

@@ -208,9 +208,12 @@ def nano_cpus(text: str, name: str) -> int:
         ConfigError: It is no number.
     """
     try:
-        return int(quantity(text or "0") * 10**9)
+        number = int(quantity(text or "0") * 10**9)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
+    if text and number < 1:  # the engine would take it for no limit
+        raise ConfigError(f"{name}: {text!r} is nothing")
+    return number
 
 
 def check_image(options: ContainerOptions, name: str, kernel_id: str) -> None:
@@ -257,14 +260,18 @@ def _mount(text: str) -> Mount:
     target, _, mode = rest.partition(":")
     fine = (
         mode in ("", "ro", "rw")
-        and target.startswith("/")
-        and posixpath.normpath(target) not in ("/", BASE)
+        and _can_be_mounted_at(target)
         and (VOLUME.fullmatch(source) or (source.startswith("/") and ".." not in source.split("/")))
         and not control_character(text)
     )
     if not fine:
         raise ConfigError(f"volumes: {text[:200]!r} is not SOURCE:TARGET or SOURCE:TARGET:ro")
     return Mount(_normal(source) if source.startswith("/") else source, _normal(target), mode == "ro")
+
+
+def _can_be_mounted_at(target: str) -> bool:
+    """Whether a path can be the target of a mount: not all of the container, and not where the launcher is put."""
+    return target.startswith("/") and _normal(target) != "/" and not _within(_normal(target), BASE)
 
 
 def _normal(path: str) -> str:
@@ -344,7 +351,7 @@ def tmpfs_of(options: ContainerOptions) -> dict[str, str]:
     """
     folders = dict(text.partition(":")[::2] for text in options.tmpfs)
     for path, how in folders.items():
-        if not path.startswith("/") or _normal(path) in ("/", BASE) or not re.fullmatch(r"[\w=,.%-]*", how):
+        if not _can_be_mounted_at(path) or not re.fullmatch(r"[\w=,.%-]*", how):
             raise ConfigError(f"tmpfs: {path[:100]!r} is not PATH or PATH:size=1g")
     return {"/tmp": "", **folders} if options.read_only else folders
 

@@ -61,32 +61,61 @@ class Engine:
         self._places = asyncio.Semaphore(MOST)
         self._heard_by: dict[str, set[Changes]] = {}
         self._following: asyncio.Task[None] | None = None
+        self._reading: asyncio.Future[None] | None = None
+        self._stream: Any = None
         self._hears = asyncio.Event()
 
     def __str__(self) -> str:
         return self.where.name
 
-    async def do(self, work: Callable[[APIClient], T], *, patience: float | None = None) -> T:
+    async def do(
+        self,
+        work: Callable[[APIClient], T],
+        *,
+        patience: float | None = None,
+        undo: Callable[[APIClient, T], object] | None = None,
+    ) -> T:
         """Ask it something, on a worker thread.
 
         Args:
             work: Gets a client.
             patience: Seconds for its answer; default: `PATIENCE`.
+            undo: Gets a client and the answer, if that comes when nobody waits for it any more.
 
         Raises:
             Refused: It answered with an error.
             EngineUnreachable: It did not answer.
         """
         patience = patience or PATIENCE
+        begun: list[asyncio.Task[T]] = []
         try:
-            return await within(patience, self._do(work))
-        except asyncio.TimeoutError:
+            return await within(patience, self._begin(work, begun))
+        except (asyncio.TimeoutError, asyncio.CancelledError) as error:
+            for task in begun:
+                task.add_done_callback(lambda task: self._late(task, undo))
+            if isinstance(error, asyncio.CancelledError):
+                raise
             raise EngineUnreachable(f"engine {self} does not answer within {patience:g} s") from None
 
+    async def _begin(self, work: Callable[[APIClient], T], begun: list[asyncio.Task[T]]) -> T:
+        await self._places.acquire()
+        task = asyncio.ensure_future(self._do(work))  # a thread cannot be stopped: its place is free when it has ended
+        task.add_done_callback(lambda _: self._places.release())
+        begun.append(task)
+        return await asyncio.shield(task)
+
     async def _do(self, work: Callable[[APIClient], T]) -> T:
-        async with self._places:
-            client = await self.connected()
-            return await blocking(self.asked, work, client)
+        client = await self.connected()
+        return await blocking(self.asked, work, client)
+
+    def _late(self, task: asyncio.Task[T], undo: Callable[[APIClient, T], object] | None) -> None:
+        if not task.cancelled() and task.exception() is None and undo is not None:
+            made = task.result()
+            runtime().spawn(self._undone(lambda client: undo(client, made)), name=f"clean-up on engine {self}")
+
+    async def _undone(self, work: Callable[[APIClient], object]) -> None:
+        with contextlib.suppress(Refused):  # it is gone
+            await self.do(work, patience=60.0)
 
     async def connected(self) -> APIClient:
         """Return its client; the first call asks it for its version."""
@@ -109,6 +138,7 @@ class Engine:
             Refused: It answered with an error.
             EngineUnreachable: It did not answer.
         """
+        from docker.credentials import StoreError
         from docker.errors import APIError, DockerException, InvalidVersion
         from requests import RequestException
         from urllib3.exceptions import HTTPError
@@ -120,6 +150,8 @@ class Engine:
         except InvalidVersion as error:
             raise Refused(400, f"this engine is too old: {error}") from None
         except (DockerException, RequestException, HTTPError, OSError) as error:
+            if isinstance(error.__cause__, StoreError):
+                raise Refused(0, str(error.__cause__)) from None  # what keeps this user's passwords
             raise EngineUnreachable(f"engine {self} does not answer: {_short(error)}") from None
 
     async def cached(self, key: Any, ask: Callable[[], Any]) -> Any:
@@ -141,12 +173,11 @@ class Engine:
         """Hear of a container's events, as long as the block lasts."""
         changes = Changes()
         self._heard_by.setdefault(container, set()).add(changes)
-        if self._following is None or self._following.done():
-            self._hears.clear()
-            self._following = asyncio.create_task(self._follow())
-        with contextlib.suppress(asyncio.TimeoutError):
-            await within(OPENED, self._hears.wait())
         try:
+            if self._following is None or self._following.done():
+                self._following = asyncio.create_task(self._follow())
+            with contextlib.suppress(asyncio.TimeoutError):
+                await within(OPENED, self._hears.wait())
             yield changes
         finally:
             self._heard_by[container].discard(changes)
@@ -155,30 +186,47 @@ class Engine:
 
     async def _follow(self) -> None:
         """Follow its events, one stream for all kernels, while somebody wants to hear of one and some time longer."""
-        pause, filters = AGAIN[0], {"type": "container", "label": "kernel_id"}
+        pause = AGAIN[0]
         while self._heard_by:
             try:
-                stream = await self.do(lambda client: client.events(decode=True, filters=filters))
+                client = await self.connected()
             except BackendError as error:
                 log.debug("%s", error)
             else:
-                self._hears.set()
-                self._wake()  # what came in between is asked for
-                ended = runtime().apart(self._read, stream)
-                while not ended.done() and self._heard_by:
-                    await asyncio.wait({ended}, timeout=LINGER)
-                with contextlib.suppress(Exception):  # not every transport can be closed from here
-                    stream.close()
-                self._hears.clear()
-                pause = AGAIN[0]
+                reading = self._reading
+                if reading is None or reading.done():  # else an engine that hangs has not answered yet
+                    reading = self._reading = runtime().apart(self._read, client)
+                while not reading.done() and self._heard_by:
+                    await asyncio.wait({reading}, timeout=LINGER)
+                pause = AGAIN[0] if self._hears.is_set() else pause
+                self._close_stream()
             self._wake()
             await asyncio.sleep(pause)
             pause = min(2 * pause, AGAIN[1])
 
-    def _read(self, stream: Iterable[dict[str, Any]]) -> None:
+    def _read(self, client: APIClient) -> None:
+        """Open the stream and read it to its end; the library waits for ever for an engine that hangs."""
+        call, filters = runtime().loop.call_soon_threadsafe, {"type": "container", "label": "kernel_id"}
         with contextlib.suppress(Exception):  # the end of the stream, whatever it looks like
+            stream = client.events(decode=True, filters=filters)
+            call(self._opened, stream)
             for event in stream:
-                runtime().loop.call_soon_threadsafe(self._heard, event)
+                call(self._heard, event)
+
+    def _opened(self, stream: Any) -> None:
+        self._stream = stream
+        if self._following is None or self._following.done():
+            self._close_stream()  # too late
+            return
+        self._hears.set()
+        self._wake()  # what came in between is asked for
+
+    def _close_stream(self) -> None:
+        self._hears.clear()
+        if self._stream is not None:
+            with contextlib.suppress(Exception):  # not every transport can be closed from here
+                self._stream.close()
+            self._stream = self._reading = None
 
     def _heard(self, event: dict[str, Any]) -> None:
         for changes in self._heard_by.get(str((event.get("Actor") or {}).get("ID")), ()):

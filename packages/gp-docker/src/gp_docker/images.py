@@ -165,19 +165,25 @@ async def present(
     key = ("pull", name, platform)
     listeners = engine.known.setdefault(("told", name, platform), set())
     listeners.add(progress)
+    pull = engine.known.get(key) or asyncio.ensure_future(_pull(engine, name, platform, listeners))
+    engine.known[key] = pull
     try:
-        pull = engine.known.get(key) or asyncio.ensure_future(_pull(engine, name, platform, listeners))
-        engine.known[key] = pull
-        pull.add_done_callback(lambda _: engine.known.pop(key, None))
+        pull.add_done_callback(lambda done: _forget(engine, key, done))
         await within(timeout, asyncio.shield(pull))
         return await inspected(engine, name)
     except asyncio.TimeoutError:
+        _forget(engine, key, pull)  # the next start must not wait for one that hangs
         text = f"kernel {kernel_id}: image {name} was not pulled within {timeout:g} s"
         raise LaunchFailed(text, reason=PULL_TIMEOUT) from None
     except Refused as error:
-        raise error.as_failure(kernel_id, f"pull image {name}", IMAGE_NOT_FOUND) from None
+        raise error.as_failure(kernel_id, f"pull image {name}", IMAGE_NOT_FOUND, pulling=True) from None
     finally:
         listeners.discard(progress)
+
+
+def _forget(engine: Engine, key: tuple[str, ...], pull: asyncio.Future[None]) -> None:
+    if engine.known.get(key) is pull:
+        del engine.known[key]
 
 
 async def inspected(engine: Engine, name: str) -> Image:

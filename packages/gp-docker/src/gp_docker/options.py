@@ -65,6 +65,9 @@ class ContainerOptions(HasTraits):
     capabilities = List(Unicode(), help="Linux capabilities that kernels keep. Default: none.").tag(
         config=True, operator=True
     )
+    pids_limit = Int(4096, min=-1, help="Processes and threads at a time; -1: no limit.").tag(
+        config=True, operator=True
+    )
     init = Bool(True, help="An init reaps the kernel's orphans.").tag(config=True, operator=True)
 
 
@@ -73,9 +76,6 @@ class DockerOptions(ContainerOptions):
 
     shm_size = Unicode(help="Size of /dev/shm, such as 1Gi. Default: the engine's, 64Mi as a rule.").tag(config=True)
     devices = List(Unicode(), help="Devices of the machine: PATH, or PATH:PATH:rwm.").tag(config=True, operator=True)
-    pids_limit = Int(4096, min=-1, help="Processes and threads at a time; -1: no limit.").tag(
-        config=True, operator=True
-    )
     security_opt = List(
         Unicode(), ["no-new-privileges"], help="As of docker run; without no-new-privileges, sudo works inside."
     ).tag(config=True, operator=True)
@@ -95,3 +95,6 @@ class SwarmOptions(ContainerOptions):
     preferences = List(Unicode(), help="Labels to spread kernels over, such as node.labels.zone.").tag(config=True)
     reserve_cpus = Unicode(help="Processors that a node must have free. Default: cpus.").tag(config=True)
     reserve_memory = Unicode(help="Memory that a node must have free. Default: memory.").tag(config=True)
+    no_new_privileges = Bool(True, help="Nothing gains rights by setuid, such as sudo; from engine 25 on.").tag(
+        config=True, operator=True
+    )

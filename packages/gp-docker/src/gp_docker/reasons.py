@@ -45,7 +45,7 @@ _TEXTS: tuple[tuple[str, Reason], ...] = (
         NO_SUCH_DEVICE,
     ),
     (r"port is already allocated|address already in use", PORT_CONFLICT),
-    (r"unauthorized|denied|authentication required|no basic auth", PULL_DENIED),
+    (r"unauthorized|denied|credentials store|docker-credential-|authentication required|no basic auth", PULL_DENIED),
     (
         r"no such host|connection refused|i/o timeout|tls:|x509|network is unreachable|request canceled|EOF$",
         REGISTRY_UNREACHABLE,
@@ -74,16 +74,19 @@ class Refused(BackendError):
         self.status = status
         self.said = said
 
-    def as_failure(self, kernel_id: str, doing: str, otherwise: Reason = BAD_OPTION) -> LaunchFailed:
+    def as_failure(
+        self, kernel_id: str, doing: str, otherwise: Reason = BAD_OPTION, *, pulling: bool = False
+    ) -> LaunchFailed:
         """Return it as a failed start.
 
         Args:
             kernel_id: The kernel's.
             doing: What the engine was asked, such as ``create the container``.
             otherwise: Reason if the engine's words are not known.
+            pulling: It may have talked to a registry.
         """
         text = f"kernel {kernel_id}: the engine did not {doing}: {self.said}"
-        return LaunchFailed(text, reason=reason_of(self.said, otherwise))
+        return LaunchFailed(text, reason=reason_of(self.said, otherwise, pulling=pulling))
 
 
 @contextmanager
@@ -101,11 +104,13 @@ def launching(kernel_id: str) -> Iterator[None]:
         raise LaunchFailed(f"kernel {kernel_id}: {error}", reason=ENGINE_UNREACHABLE) from None
 
 
-def reason_of(text: str, otherwise: Reason) -> Reason:
+def reason_of(text: str, otherwise: Reason, *, pulling: bool = False) -> Reason:
     """Return what an engine's words mean.
 
     Args:
         text: Of its error.
         otherwise: If they are not known.
+        pulling: It may have talked to a registry; else "denied" is of a file, and "refused" of a log driver.
     """
-    return next((reason for words, reason in _TEXTS if re.search(words, text, re.IGNORECASE)), otherwise)
+    known = _TEXTS if pulling else [one for one in _TEXTS if one[1] not in (PULL_DENIED, REGISTRY_UNREACHABLE)]
+    return next((reason for words, reason in known if re.search(words, text, re.IGNORECASE)), otherwise)

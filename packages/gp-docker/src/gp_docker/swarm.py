@@ -88,17 +88,18 @@ class SwarmBackend(SwarmOptions, OnEngine):
         def create(client: APIClient) -> Handle:
             made: Handle = {"kernel_id": request.kernel_id, "engine": where.where.name}
             unique = f"gp-{request.kernel_id}-{secrets.token_hex(4)}"[:64]
+            networks = [_network(client, name, request.kernel_id) for name in self.networks]
             try:
                 made["config"] = client.create_config(unique, launcher, labels=labels)["ID"]
                 bundle = request.secrets.get("GP_LAUNCH_SECRETS", "").encode()
                 made["secret"] = client.create_secret(unique, bundle, labels=labels)["ID"]
                 template = self._template(spec, labels, mounts, unique, made)
+                template["Networks"] = [{"Target": network} for network in networks]
                 client.reload_config()  # nodes pull with what this user has logged in with until now
                 made["service"] = client.create_service(
                     template,
                     name=container.name_of(request),
                     labels=labels,
-                    networks=self.networks or None,
                     endpoint_spec={"Mode": "dnsrr"} if self.networks else None,
                 )["ID"]
             except BaseException:
@@ -107,7 +108,7 @@ class SwarmBackend(SwarmOptions, OnEngine):
             return made
 
         try:
-            handle = await where.do(create, patience=60.0)
+            handle = await where.do(create, patience=60.0, undo=_remove)
         except Refused as error:
             raise error.as_failure(request.kernel_id, "create the service") from None
         return {**handle, "image": image.name, "digest": image.digest}
@@ -124,8 +125,6 @@ class SwarmBackend(SwarmOptions, OnEngine):
 
     def _mounts(self, request: LaunchRequest) -> list[dict[str, Any]]:
         container.check_networks(self, request.kernel_id)
-        if "host" in self.networks:
-            raise LaunchDenied(f"kernel {request.kernel_id}: services cannot use the network of their node")
         found: list[dict[str, Any]] = [
             {
                 "Type": "bind" if one.is_path else "volume",
@@ -162,6 +161,7 @@ class SwarmBackend(SwarmOptions, OnEngine):
             "Healthcheck": {"Test": ["NONE"]},
             "ReadOnly": self.read_only,
             "Init": self.init,
+            "Privileges": {"NoNewPrivileges": self.no_new_privileges},  # engines before 25 do not know it
             "CapabilityDrop": ["ALL"],
             "CapabilityAdd": self.capabilities,
             "Ulimits": container.ulimits_of(self),
@@ -184,6 +184,7 @@ class SwarmBackend(SwarmOptions, OnEngine):
         if memory:
             limits["MemoryBytes"] = container.size_of("memory", memory)
         wanted = dict(limits)
+        limits["Pids"] = max(0, self.pids_limit)
         if self.reserve_cpus:
             wanted["NanoCPUs"] = container.nano_cpus(self.reserve_cpus, "reserve_cpus")
         if self.reserve_memory:
@@ -243,7 +244,9 @@ class SwarmBackend(SwarmOptions, OnEngine):
         code = (told.get("ContainerStatus") or {}).get("ExitCode")
         if told["State"] == "rejected":
             otherwise = IMAGE_NOT_FOUND if "image" in said.lower() else REJECTED
-            return Status(state=State.GONE, reason=reason_of(said, otherwise), detail=f"{said} {on}".strip())
+            return Status(
+                state=State.GONE, reason=reason_of(said, otherwise, pulling=True), detail=f"{said} {on}".strip()
+            )
         ended = states.gone(code, out_of_memory="OOM" in said or "out of memory" in said)
         return Status(
             state=State.GONE, exit_code=ended.exit_code, reason=ended.reason, detail=f"{ended.detail} {on}".strip()
@@ -288,6 +291,9 @@ class SwarmBackend(SwarmOptions, OnEngine):
         def ours(spec: Mapping[str, Any]) -> bool:
             return bool(spec["Labels"].get("gp.installation", supposed) == own)
 
+        if kernel_id is None and not own:
+            return []  # one that has never started a kernel: it has none, and what has no label is others'
+
         def ask(client: APIClient) -> list[Handle]:
             told = client.services(filters={"label": labels})
             found = [_handle(where, one["ID"], one["Spec"]) for one in told if ours(one["Spec"])]
@@ -327,6 +333,14 @@ def _remove(client: APIClient, handle: Handle) -> None:
         if what in handle:
             with contextlib.suppress(NotFound):
                 remove(handle[what])
+
+
+def _network(client: APIClient, name: str, kernel_id: str) -> str:
+    """Return the id of a network; a part of an id would find one as well, and that of the node is not for services."""
+    told = client.inspect_network(name)
+    if told["Scope"] != "swarm" or told["Driver"] in ("host", "bridge", "null"):
+        raise LaunchDenied(f"kernel {kernel_id}: network {name} is its node's own, and not for services")
+    return str(told["Id"])
 
 
 def _handle(where: Engine, service: str, spec: Mapping[str, Any]) -> Handle:
