@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import tempfile
 import threading
 from pathlib import Path
@@ -151,6 +152,20 @@ def engine_container(engine: Engine, *labels: str) -> str:
         client.start(made)
         client.wait(made)
     return made
+
+
+def test_a_container_of_others_is_not_replaced(boxed: Boxed, engine: Engine) -> None:
+    """Names are made of kernel ids, which clients may choose."""
+    with boxed(start=False) as used, engine.client() as client:
+        made = client.create_container(IMAGE, ["true"], name=f"{getpass.getuser()}-database")["Id"]
+        try:
+            client.start(made)
+            client.wait(made)
+            with pytest.raises(LaunchFailed, match="NameTaken"):
+                used.do(used.manager.start_kernel(kernel_id="database"))
+            assert client.inspect_container(made)["Id"] == made
+        finally:
+            client.remove_container(made)
 
 
 def test_one_kernel_id_twice(boxed: Boxed, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

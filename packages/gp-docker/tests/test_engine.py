@@ -215,6 +215,14 @@ def test_whoever_has_started_nothing_finds_nothing(monkeypatch: pytest.MonkeyPat
         assert run(backend(engine="unix:///none").discover()) == []
 
 
+def test_what_a_killed_process_has_left_is_removed_and_what_others_use_is_not(engine: Engine, client: Any) -> None:
+    seen, removed = [["left", "used"], ["left", "new"]], []
+    client.containers = lambda **how: [{"Id": one} for one in seen.pop(0)]
+    client.remove_container = lambda name, **how: removed.append(name)
+    run(engine.remove_stale("gp.look", 0.01))
+    assert removed == ["left"]
+
+
 def test_services_are_in_no_network_of_their_node() -> None:
     def network(scope: str, driver: str) -> Any:
         return Mock(inspect_network=Mock(return_value={"Id": "n1", "Scope": scope, "Driver": driver}))

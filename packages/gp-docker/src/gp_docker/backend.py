@@ -29,7 +29,7 @@ from gp_core import (
 from gp_core.runtime import runtime
 from gp_core.server import KernelServer
 
-from . import container
+from . import container, states
 from .checks import checked_engine
 from .engine import Engine, engine, last_of
 from .images import accounts, checked_reference, present
@@ -124,11 +124,21 @@ class DockerBackend(DockerOptions, OnEngine):
             try:
                 return await where.do(create, patience=BUSY, undo=_removed)
             except Refused as error:
-                former = await where.status(name) if error.status == 409 else None
-                if former is None or former.state is not State.GONE or time.monotonic() > deadline:
+                former = error.status == 409 and time.monotonic() < deadline and await self._ended(where, request, name)
+                if not former:
                     raise error.as_failure(request.kernel_id, "create the container") from None
-                await where.remove(name)  # of the same kernel, which has ended
+                await where.remove(name)
                 await asyncio.sleep(0.05)
+
+    async def _ended(self, where: Engine, request: LaunchRequest, name: str) -> bool:
+        """Whether a name is that of an ended container of the same kernel: clients may choose ids, and so names."""
+        try:
+            told = await where.do(lambda client: client.inspect_container(name))
+        except Refused as error:
+            return error.status == 404  # it has gone meanwhile
+        labels = told["Config"].get("Labels") or {}
+        ours = (labels.get("kernel_id"), labels.get("gp.installation")) == (request.kernel_id, self.installation)
+        return ours and states.status_of(told).state is State.GONE
 
     async def _start(
         self, where: Engine, request: LaunchRequest, made: str, user: container.User, *, mounts: bool

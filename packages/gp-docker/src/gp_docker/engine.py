@@ -278,6 +278,23 @@ class Engine:
             await asyncio.sleep(pause)
             pause = min(2 * pause, AGAIN[1])
 
+    async def remove_stale(self, label: str, seconds: float) -> None:
+        """Remove containers that a process has left that was killed: they are there, and still are some time later.
+
+        Args:
+            label: That they have.
+            seconds: Which no other process needs one for.
+        """
+
+        async def there() -> set[str]:
+            return {one["Id"] for one in await self.do(lambda client: client.containers(all=True, filters=wanted))}
+
+        wanted = {"label": label}
+        if before := await there():
+            await asyncio.sleep(seconds)
+            for left in before & await there():
+                await self.remove(left)
+
 
 def last_of(pieces: Iterable[bytes]) -> str:
     """Return the end of some output; it may be long, and in one line."""

@@ -15,6 +15,8 @@ from .options import ContainerOptions
 from .reasons import launching
 from .scripts import for_script
 
+LOOKS = 600.0  # seconds that no look into an image takes
+
 
 class OnEngine(ContainerOptions, Backend):
     """Base of the backends."""
@@ -26,7 +28,7 @@ class OnEngine(ContainerOptions, Backend):
                 return await super().launch(for_script(self, request, url=where.where.url))
             if ("swept", self.name) not in where.known:
                 where.known["swept", self.name] = True
-                runtime().spawn(self._sweep(), name=f"sweep of {where}")
+                runtime().spawn(self._sweep(where), name=f"sweep of {where}")
             name = checked_reference(self.image or self.image_name)
             check_image(self, name, request.kernel_id)
             return await self.launch_image(where, name, request)
@@ -48,7 +50,7 @@ class OnEngine(ContainerOptions, Backend):
         """Return the engine of a kernel."""
         return await engine(handle.get("engine", self.engine))
 
-    async def _sweep(self) -> None:
+    async def _sweep(self, where: Engine) -> None:
         """Remove what has ended and belongs to no server that runs; once for each engine and process."""
         store = kernel_server(self.config).store
         with contextlib.suppress(BackendError):  # the next server tries again
@@ -58,3 +60,4 @@ class OnEngine(ContainerOptions, Backend):
                     continue
                 if (await self.look(handle)).state in (State.GONE, State.PENDING):  # or was never started
                     await self.terminate(handle, force=True)
+            await where.remove_stale("gp.look", LOOKS)
