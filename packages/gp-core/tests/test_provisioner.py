@@ -415,16 +415,20 @@ async def test_a_start_that_is_cancelled_in_its_backend_disturbs_no_later_one(
 async def test_a_shutdown_that_is_given_up_goes_on(
     started: AsyncKernelManager, installation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, go_on = LocalBackend.terminate, threading.Event()
+    original, reached, go_on = LocalBackend.terminate, threading.Event(), threading.Event()
 
     async def slow(self: LocalBackend, handle: Handle, *, force: bool) -> None:
+        reached.set()
         while not go_on.is_set():
             await asyncio.sleep(0.01)
         await original(self, handle, force=force)
 
     monkeypatch.setattr(LocalBackend, "terminate", slow)
-    with pytest.raises(asyncio.TimeoutError):
-        await asyncio.wait_for(started.shutdown_kernel(now=True), 0.5)
+    task = asyncio.create_task(started.shutdown_kernel(now=True))
+    assert await asyncio.to_thread(reached.wait, 30)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     go_on.set()
     await nothing_left(installation)
     assert not kernel_server().kernels

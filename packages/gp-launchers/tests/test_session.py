@@ -233,7 +233,7 @@ def test_connections_that_are_reset_at_the_end_of_their_handshake(launch, server
                 tls.do_handshake()
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.sendall(outgoing.read())
-            connection.cut()
+            connection.close()
     server.start()
     connection, _ = server.meet()
     assert connection.next("listening")

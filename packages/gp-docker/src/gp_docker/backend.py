@@ -148,7 +148,8 @@ class DockerBackend(DockerOptions, OnEngine):
 
         def start(client: APIClient) -> None:
             if mounts and _has(client, made, container.OWN):  # by a link of the image: its owner would be changed
-                raise Refused(400, f"something is mounted at {container.OWN}, where the launcher is put")
+                said = f"something is mounted at {container.OWN}, where the launcher is put, or the image has it"
+                raise Refused(400, said)
             client.put_archive(made, below or "/", data)
             for network in self.networks[1:]:
                 client.connect_container_to_network(made, network)

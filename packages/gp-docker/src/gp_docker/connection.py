@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,9 @@ from docker.context import ContextAPI
 from docker.context.config import get_current_context_name
 from docker.utils import kwargs_from_env
 from docker.utils.config import find_config_file
+from requests.adapters import HTTPAdapter
 from requests.utils import get_environ_proxies
+from urllib3.connection import HTTPConnection
 
 from gp_core import ConfigError
 
@@ -91,6 +94,18 @@ def connect(where: Endpoint) -> docker.APIClient:
     return _client(where, version)
 
 
+class KeptAlive(HTTPAdapter):
+    """Notices within minutes that an engine's machine has gone: for events and pulls the library waits for ever."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        times = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+        options = [*HTTPConnection.default_socket_options, (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+        options += [
+            (socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in times if hasattr(socket, name)
+        ]
+        super().init_poolmanager(*args, socket_options=options, **kwargs)
+
+
 def _client(where: Endpoint, version: str) -> docker.APIClient:
     over_ssh = where.url.startswith("ssh://")
     client = docker.APIClient(
@@ -107,4 +122,6 @@ def _client(where: Endpoint, version: str) -> docker.APIClient:
     elif client.base_url.startswith(("http://", "https://")):
         client.trust_env = False  # else REQUESTS_CA_BUNDLE would take the place of the engine's own authority
         client.proxies.update(get_environ_proxies(client.base_url))
+        for scheme in ("http://", "https://"):
+            client.mount(scheme, KeptAlive(pool_maxsize=MOST))
     return client

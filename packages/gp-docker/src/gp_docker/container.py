@@ -197,12 +197,13 @@ def size_of(name: str, text: str) -> int:
     return size
 
 
-def nano_cpus(text: str, name: str) -> int:
-    """Return processors in billionths; 0: no limit.
+def nano_cpus(text: str, name: str, *, least: int = 1) -> int:
+    """Return processors in billionths; 0 for no text.
 
     Args:
         text: Such as ``2`` or ``500m``, or nothing.
         name: Of the option.
+        least: Billionths that a text must come to: the engine would take a limit of nothing for none.
 
     Raises:
         ConfigError: It is no number.
@@ -211,8 +212,8 @@ def nano_cpus(text: str, name: str) -> int:
         number = int(quantity(text or "0") * 10**9)
     except ValueError as error:
         raise ConfigError(f"{name}: {error}") from None
-    if text and number < 1:  # the engine would take it for no limit
-        raise ConfigError(f"{name}: {text!r} is nothing")
+    if text and number < least:
+        raise ConfigError(f"{name}: {text!r} is too little")
     return number
 
 

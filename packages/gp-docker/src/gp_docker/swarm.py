@@ -110,7 +110,7 @@ class SwarmBackend(SwarmOptions, OnEngine):
         try:
             handle = await where.do(create, patience=60.0, undo=_remove)
         except Refused as error:
-            raise error.as_failure(request.kernel_id, "create the service") from None
+            raise error.as_failure(request.kernel_id, "create the service", pulling=True) from None
         return {**handle, "image": image.name, "digest": image.digest}
 
     async def _image(self, where: Engine, name: str) -> tuple[Image, Accounts]:
@@ -186,7 +186,7 @@ class SwarmBackend(SwarmOptions, OnEngine):
         wanted = dict(limits)
         limits["Pids"] = max(0, self.pids_limit)
         if self.reserve_cpus:
-            wanted["NanoCPUs"] = container.nano_cpus(self.reserve_cpus, "reserve_cpus")
+            wanted["NanoCPUs"] = container.nano_cpus(self.reserve_cpus, "reserve_cpus", least=0)
         if self.reserve_memory:
             wanted["MemoryBytes"] = container.size_of("reserve_memory", self.reserve_memory)
         if self.gpus:

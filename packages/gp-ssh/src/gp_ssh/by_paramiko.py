@@ -111,8 +111,9 @@ class ParamikoConnection(Connection):
             text = f"{target.name} does not let {target.user} in: {str(error).partition(';')[0]}{wanted}"
             raise ConnectionFailed(text, NOT_ADMITTED) from None
         except paramiko.SSHException as error:
-            said = self._proxy.said() if self._proxy is not None else ""
-            raise ConnectionFailed(f"{target.name}: {said or error}", _reason_of(error)) from None
+            reason = _reason_of(error)
+            said = self._proxy.said() if self._proxy is not None and reason is UNREACHABLE else ""
+            raise ConnectionFailed(f"{target.name}: {said or error}", reason) from None
         except (OSError, EOFError) as error:
             text = f"{target.name} ({target.hostname} port {target.port}): {getattr(error, 'strerror', None) or error}"
             raise ConnectionFailed(text, UNREACHABLE) from None

@@ -17,7 +17,7 @@ import paramiko
 
 from gp_core import BackendError
 
-from .connection import Connection
+from .connection import Connection, ConnectionFailed
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ class Forward:
                 return
             try:
                 self.port = connection.forward(self.port, self)
+            except ConnectionFailed:
+                raise
             except BackendError as error:
                 where = f" at its port {self.port}" if self.port else ""
                 raise BackendError(f"{connection.target.name} does not forward connections{where}: {error}") from None
