@@ -273,7 +273,7 @@ def test_a_user_whose_number_is_prohibited(as_user: Callable[..., Any], other: p
 # -- other hosts
 
 
-@pytest.mark.parametrize("host", ["h2", "h3", "h6"])
+@pytest.mark.parametrize("host", ["h2", "h3", "proxied"])
 def test_a_host_behind_others(kernel: Callable[..., Any], sshd: Sshd, host: str, connector: str) -> None:
     with kernel(host, connector=connector) as used:
         assert "42" in used.run("6 * 7")

@@ -27,8 +27,8 @@ class Sshd:
         options: More lines of its configuration.
 
     Attributes:
-        config: Of ssh, with the host as ``h1``, as ``h2`` through ``h1``, as ``h3`` through two, and as ``h6`` by a
-            command.
+        config: Of ssh, with the host as ``h1``, as ``h2`` through ``h1``, as ``h3`` through two, and as ``proxied``
+            by a command.
     """
 
     def __init__(self, link: Link | Machine | None = None, *, options: str = "") -> None:
@@ -63,8 +63,8 @@ class Sshd:
         (self.folder / "known_hosts").write_text(f"[{self._address}]:{self.port} {public}\n")
         self.config.write_text(
             "Host h2\n ProxyJump h1\nHost h3\n ProxyJump h1,h4\n"
-            f"Host h6\n ProxyCommand ssh -F {self.config} -W %h:%p h1 2>/dev/null || exit 3\n"
-            f"Host h1 h2 h3 h4 h6\n HostName {self._address}\n Port {self.port}\n IdentityFile {self.folder}/id\n"
+            f"Host proxied\n ProxyCommand ssh -F {self.config} -W %h:%p h1 2>/dev/null || exit 3\n"
+            f"Host h1 h2 h3 h4 proxied\n HostName {self._address}\n Port {self.port}\n IdentityFile {self.folder}/id\n"
             f" IdentitiesOnly yes\n UserKnownHostsFile {self.folder}/known_hosts\n GlobalKnownHostsFile none\n"
         )
         self.start()
