@@ -26,6 +26,8 @@ from ..starting import Plan
 from ..store import Owner, Record
 from . import tiny_kernel
 
+TOLD = 2.0  # seconds until a platform knows of a job whose launcher has called back already
+
 
 async def eventually(holds: Callable[[], Any], within: float, *, every: float = 0.02) -> bool:
     """Wait until something is true.
@@ -301,6 +303,12 @@ class Installation:
         request = request or self.request()
         kernel = self.kernel(request, orphan_timeout=orphan_timeout)
         await kernel.launch(self.plan(request))
+
+        async def told() -> bool:
+            assert kernel.record.handle is not None
+            return (await kernel.backend.look(kernel.record.handle)).state is not State.PENDING
+
+        await eventually(told, TOLD)
         return Started(kernel, kernel.backend, self.requests[request.kernel_id])
 
     @contextlib.asynccontextmanager
