@@ -238,6 +238,13 @@ def test_services_are_in_no_network_of_their_node() -> None:
     assert _network(network("swarm", "overlay"), "net", "k1") == "n1"
 
 
+def test_limits_of_services() -> None:
+    limits, wanted = SwarmBackend(cpus="2", reserve_cpus="0", memory="1Gi")._resources()
+    assert limits == {"NanoCPUs": 2 * 10**9, "MemoryBytes": 2**30, "Pids": 4096}
+    assert wanted == {"NanoCPUs": 0, "MemoryBytes": 2**30}
+    assert SwarmBackend(pids_limit=-1)._resources() == ({"Pids": 0}, {})
+
+
 def test_it_is_connected_to_again(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(Endpoint("test", "unix:///none"))
     for problem, said in (
