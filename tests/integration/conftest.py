@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import pytest
 from clusters import kernels
 from clusters.availability import Unavailable, offer, require
-from clusters.docker import Engine
+from clusters.docker import Engine, offered
 from clusters.hosts import SshHosts
 from clusters.jupyter_env import JupyterEnv, isolated_jupyter
 from clusters.slurm import SlurmCluster
@@ -49,14 +49,8 @@ ARTIFACTS = pytest.StashKey[Path]()
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
     """A Docker engine with an image that has ipykernel; its containers outlive it."""
-    folder = Path(tempfile.mkdtemp(prefix="gp-docker-"))
-    made = Engine("d1", folder / "d1", "--live-restore")
-    try:
-        offer("docker", made.up)
+    with offered("d1", "--live-restore") as made:
         yield made
-    finally:
-        made.remove()
-        folder.rmdir()
 
 
 @pytest.fixture(scope="session")

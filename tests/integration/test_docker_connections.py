@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from clusters.availability import offer
-from clusters.docker import Engine
+from clusters.docker import Engine, offered
 from clusters.sshd import Sshd
 from jupyter_client.manager import KernelManager
 from support.boxed import KERNEL, Boxed, boxing
@@ -27,14 +26,8 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.relay]
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[Engine]:
     """An engine that listens to who has a certificate."""
-    folder = Path(tempfile.mkdtemp(prefix="gp-docker-"))
-    made = Engine("d2", folder / "d2", tls=True)
-    try:
-        offer("docker", made.up)
+    with offered("d2", tls=True) as made:
         yield made
-    finally:
-        made.remove()
-        folder.rmdir()
 
 
 @pytest.fixture

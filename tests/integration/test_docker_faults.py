@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import tempfile
 import threading
 from pathlib import Path
 
 import pytest
-from clusters.availability import offer
-from clusters.docker import IMAGE, Engine
+from clusters.docker import IMAGE, Engine, offered
 from jupyter_client.manager import KernelManager
 from support.answering import HostApplication
 from support.boxed import KERNEL, Boxed, boxing, inspected
@@ -179,10 +177,7 @@ def test_one_kernel_id_twice(boxed: Boxed, engine: Engine, tmp_path: Path, monke
 
 
 def test_a_full_disk(installation: Installation, ipykernel_spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Path(tempfile.mkdtemp(prefix="gp-docker-"))
-    small = Engine("d3", folder / "d3", disk="500m")
-    try:
-        offer("docker", small.up)
+    with offered("d3", disk="500m") as small:
         monkeypatch.setenv("DOCKER_HOST", small.url)
         with boxing(installation, ipykernel_spec, small) as boxed:
             small.inside("sh", "-c", f"dd if=/dev/zero of={small.folder}/data/ballast bs=64k 2>/dev/null; true")
@@ -192,6 +187,3 @@ def test_a_full_disk(installation: Installation, ipykernel_spec: Path, monkeypat
             small.inside("rm", f"{small.folder}/data/ballast")
             with boxed() as used:
                 assert "42" in used.run("6 * 7")
-    finally:
-        small.remove()
-        folder.rmdir()

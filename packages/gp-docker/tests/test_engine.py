@@ -168,6 +168,7 @@ def test_what_is_made_too_late_is_undone(engine: Engine, client: Client) -> None
 def test_an_engine_that_hangs_is_asked_for_events_once(
     engine: Engine, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engine_module, "PATIENCE", 0.05)
     monkeypatch.setattr(engine_module, "OPENED", 0.01)
     monkeypatch.setattr(engine_module, "LINGER", 0.02)
     let_go, asked = threading.Event(), []

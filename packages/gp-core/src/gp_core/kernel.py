@@ -315,8 +315,7 @@ class RemoteKernel:
         self.has_ended.set()
         self.tell(Event.EXITED, report.detail or startup.exit_text(code), data={"exit_code": code})
         if self._start is None:
-            loop = asyncio.get_running_loop()
-            self._lingering = loop.call_later(LINGER, lambda: runtime().spawn(self.dismiss(), name="clean-up"))
+            self._lingering = asyncio.get_running_loop().call_later(LINGER, self._removal)
 
     def look(self) -> None:
         """Ask the platform from now on, until the launcher is back."""
@@ -442,8 +441,11 @@ class RemoteKernel:
 
     async def dismiss(self) -> None:
         """Remove a kernel, to the end even if the caller does not wait for it."""
+        await asyncio.shield(self._removal())
+
+    def _removal(self) -> asyncio.Task[None]:
         self.cleaning = runtime().spawn(self.remove(), name=f"clean-up of kernel {self.info.kernel_id}")
-        await asyncio.shield(self.cleaning)
+        return self.cleaning
 
     async def farewell(self) -> None:
         """At the end of the process: forget a kernel that ends just now; leave one that lives to its lease."""

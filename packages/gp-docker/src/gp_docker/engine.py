@@ -87,22 +87,20 @@ class Engine:
             EngineUnreachable: It did not answer.
         """
         patience = patience or PATIENCE
-        begun: list[asyncio.Task[T]] = []
         try:
-            return await within(patience, self._begin(work, begun))
-        except (asyncio.TimeoutError, asyncio.CancelledError) as error:
-            for task in begun:
-                task.add_done_callback(lambda task: self._late(task, undo))
-            if isinstance(error, asyncio.CancelledError):
-                raise
+            return await within(patience, self._in_place(work, undo))
+        except asyncio.TimeoutError:
             raise EngineUnreachable(f"engine {self} does not answer within {patience:g} s") from None
 
-    async def _begin(self, work: Callable[[APIClient], T], begun: list[asyncio.Task[T]]) -> T:
+    async def _in_place(self, work: Callable[[APIClient], T], undo: Callable[[APIClient, T], object] | None) -> T:
         await self._places.acquire()
         task = asyncio.ensure_future(self._do(work))  # a thread cannot be stopped: its place is free when it has ended
         task.add_done_callback(lambda _: self._places.release())
-        begun.append(task)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:  # nobody waits any more
+            task.add_done_callback(lambda task: self._late(task, undo))
+            raise
 
     async def _do(self, work: Callable[[APIClient], T]) -> T:
         client = await self.connected()

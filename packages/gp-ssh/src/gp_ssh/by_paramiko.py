@@ -30,6 +30,7 @@ from .connection import (
     ConnectionFailed,
     Listener,
     Unanswered,
+    end_process,
 )
 from .hosts import Entry, Target
 
@@ -243,10 +244,5 @@ class Proxy:
     def close(self) -> None:
         """End it."""
         self.socket.close()
-        self._process.terminate()
-        try:
-            self._process.wait(2.0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end_process(self._process)
         self._errors.close()

@@ -26,6 +26,7 @@ from .connection import (
     ConnectionFailed,
     Listener,
     Unanswered,
+    end_process,
 )
 from .hosts import Target
 
@@ -141,12 +142,7 @@ class SshConnection(Connection):
             for forwarded in self._forwarded:
                 self._control("cancel", "-R", forwarded)
             return
-        self._master.terminate()
-        try:
-            self._master.wait(2.0)
-        except subprocess.TimeoutExpired:
-            self._master.kill()
-            self._master.wait()
+        end_process(self._master)
         assert self._master.stdin is not None
         self._master.stdin.close()
         self._folder.cleanup()

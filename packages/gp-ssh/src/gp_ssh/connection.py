@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -84,6 +85,16 @@ class Listener(Protocol):
 
     def add(self, channel: paramiko.Channel) -> None:
         """Bring one there."""
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """End a process that holds a connection, and leave no zombie; blocks."""
+    process.terminate()
+    try:
+        process.wait(2.0)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 class Connection(ABC):

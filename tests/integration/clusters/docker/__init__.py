@@ -1,6 +1,6 @@
 """Docker engines, their registries and Swarms."""
 
-from clusters.docker.engine import IMAGE, Engine, Swarm, hides_ports
+from clusters.docker.engine import IMAGE, Engine, Swarm, hides_ports, offered
 from clusters.docker.registry import LOGIN, Registry
 
-__all__ = ["IMAGE", "LOGIN", "Engine", "Registry", "Swarm", "hides_ports"]
+__all__ = ["IMAGE", "LOGIN", "Engine", "Registry", "Swarm", "hides_ports", "offered"]

@@ -16,6 +16,7 @@ import docker
 from docker.errors import DockerException
 from requests import RequestException
 
+from clusters.availability import offer
 from clusters.docker.certificates import make_certificates
 from clusters.docker.image import SETTINGS, python_image
 from clusters.kernels.peer import bootstrap
@@ -227,6 +228,19 @@ class Engine(Machine):
         """End it and delete its files."""
         self.down()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def offered(name: str, *options: str, disk: str = "", tls: bool = False) -> Iterator[Engine]:
+    """Have an engine for the time of a block; takes what `Engine` does."""
+    folder = Path(tempfile.mkdtemp(prefix="gp-docker-"))
+    made = Engine(name, folder / name, *options, disk=disk, tls=tls)
+    try:
+        offer("docker", made.up)
+        yield made
+    finally:
+        made.remove()
+        folder.rmdir()
 
 
 class Swarm:

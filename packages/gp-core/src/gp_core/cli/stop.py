@@ -69,9 +69,8 @@ async def end(kernel: Kernel, store: Store) -> bool:
             raise GPError(f"kernel {kernel.kernel_id} cannot be ended from here: {kernel.status.detail}")
         forced = await _terminated(kernel.backend, kernel.handle, kernel.kernel_id)
     elif kernel.backend is not None and kernel.handle is not None:
-        await asyncio.wait_for(
-            kernel.backend.terminate(kernel.handle, force=True), STOP
-        )  # frees what the job still holds
+        # frees what the job still holds
+        await asyncio.wait_for(kernel.backend.terminate(kernel.handle, force=True), STOP)
     if kernel.record is not None and not kernel.served:
         await runtime().blocking(store.remove, kernel.kernel_id)
     return forced
